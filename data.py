@@ -1,0 +1,421 @@
+"""Videos in, videos out: the toy world, folders of real clips, the toy codec and text encoder, reading and writing media.
+
+    python data.py --preview preview.png                      contact sheet of what training will see (toy world)
+    python data.py --preview preview.png --data DIR_OF_MP4    the same for your own clips
+
+A dataset is anything with batch(indices) -> {"video": (b, f, 3, H, W) in [-1, 1], "text": [str]}; clip number i is always
+the same clip, so that a run is resumed by knowing its step, and any number of devices reads the same global batch.
+"""
+import argparse
+import contextlib
+import os
+import sys
+import zlib
+from pathlib import Path
+
+import imageio.v2 as iio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors.torch import load_file, save_file
+
+from model import UsageError
+
+VIDEO_ENDINGS = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+HELD_OUT = 1_000_000_000  # clip numbers from here on are never trained on
+
+
+# ---------------------------------------------------------------- one sentence for what a user can mend
+
+@contextlib.contextmanager
+def explain():
+    """Turn a UsageError into one sentence on stderr and exit status 2."""
+    try:
+        yield
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """A temporary name beside `path` that becomes `path` only when all has been written; a failure leaves nothing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}; free some space or choose another --out") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- randomness that does not depend on the layout
+
+class Draws:
+    """Random numbers for a batch, one independent stream per clip, a function of (seed, *key, clip) alone.
+
+    The same clip gets the same noise however a batch is split over devices and micro-batches, and whether or not the
+    run was interrupted: there is no random state to save."""
+
+    def __init__(self, clips, *key, device="cpu"):
+        self.device = device
+        self.streams = [torch.Generator().manual_seed(zlib.crc32(repr((*key, int(i))).encode())) for i in clips]
+
+    def _each(self, draw):
+        return torch.stack([draw(g) for g in self.streams]).to(self.device)
+
+    def randn(self, *shape):
+        return self._each(lambda g: torch.randn(shape, generator=g))
+
+    def rand(self, *shape):
+        return self._each(lambda g: torch.rand(shape, generator=g))
+
+    def choice(self, weights, *shape):
+        """Indices drawn with probability proportional to `weights`."""
+        p = torch.tensor(weights, dtype=torch.float64)
+        return self._each(lambda g: torch.multinomial(p, int(np.prod(shape)), True, generator=g).view(shape))
+
+
+# ---------------------------------------------------------------- the toy world
+
+KINDS = ("disc", "square", "triangle")
+COLOURS = {"red": (.95, .22, .18), "yellow": (.98, .82, .15), "green": (.25, .85, .3), "cyan": (.2, .85, .95),
+           "blue": (.25, .35, 1.), "pink": (1., .45, .8)}
+DIRECTIONS = {"right": (1, 0), "down-right": (1, 1), "down": (0, 1), "down-left": (-1, 1),
+              "left": (-1, 0), "up-left": (-1, -1), "up": (0, -1), "up-right": (1, -1)}
+
+
+class ToyWorld:
+    """One shape that glides over a still, softly rippled background and bounces off the walls.
+
+    Infinite and seeded: clip i is a pure function of i. The caption tells colour, kind and first direction; the speed
+    is told by nobody, so a clip has many futures. A `state` holds all there is to know, a dict of tensors:
+    kind, colour, direction (b,); start, velocity (b, 2) in pixels and pixels a frame; ground (b, 2, 3) two colours,
+    ripple (b, 3) angle, phase, wavelength. Raises UsageError for frames too small for the shape."""
+
+    def __init__(self, size=32, frames=16):
+        if size < 24:
+            raise UsageError(f"the toy world needs frames of at least 24 pixels, not {size}: use --size 32")
+        self.size, self.frames = size, frames
+        self.radius, self.speeds = size * 6 / 32, (size * 1.2 / 32, size * 2.4 / 32)
+        unit = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32)
+        self.directions = unit / unit.norm(dim=1, keepdim=True)
+        self.colours = torch.tensor(list(COLOURS.values())) * 2 - 1
+        grid = torch.arange(size) + 0.5
+        self.y, self.x = torch.meshgrid(grid, grid, indexing="ij")
+
+    def state(self, indices):
+        """The states of these clips. No wall is met in the first three steps, so that the direction can be seen."""
+        rows = []
+        for i in indices:
+            g = np.random.default_rng(int(i))
+            kind, colour, direction = g.integers(len(KINDS)), g.integers(len(COLOURS)), g.integers(len(DIRECTIONS))
+            velocity = self.directions[direction].numpy() * g.uniform(*self.speeds)
+            low, high = self.radius, self.size - self.radius
+            start = g.uniform(np.maximum(low, low - 3 * velocity), np.minimum(high, high - 3 * velocity))
+            ripple = (*g.uniform(0, 2 * np.pi, 2), g.uniform(.75, 1.5) * self.size)
+            rows.append((kind, colour, direction, start, velocity, g.uniform(.05, .45, (2, 3)) * 2 - 1, ripple))
+        names = ("kind", "colour", "direction", "start", "velocity", "ground", "ripple")
+        state = {name: torch.as_tensor(np.array([row[j] for row in rows])) for j, name in enumerate(names)}
+        return {name: x if x.dtype == torch.int64 else x.float() for name, x in state.items()}
+
+    def centres(self, state, frames=None):
+        """Where the shape is: (b, f, 2) as x, y in pixels, with elastic walls."""
+        n, span = torch.arange(frames or self.frames)[:, None], self.size - 2 * self.radius
+        free = (state["start"][:, None] - self.radius + state["velocity"][:, None] * n) % (2 * span)
+        return self.radius + span - (free - span).abs()
+
+    def coverage(self, kind, centres):
+        """Anti-aliased silhouettes (n, H, W) in [0, 1] of shapes of `kind` (n,) at `centres` (n, 2)."""
+        dx, dy = (g - c[:, None, None] for g, c in zip((self.x, self.y), centres.float().unbind(1)))
+        r, kind = self.radius, kind[:, None, None]
+        disc = (dx ** 2 + dy ** 2).sqrt() - .95 * r
+        square = torch.maximum(dx.abs(), dy.abs()) - .82 * r
+        triangle = torch.maximum(dy - .62 * r, .866 * dx.abs() - .5 * dy - .62 * r)
+        distance = torch.where(kind == 0, disc, torch.where(kind == 1, square, triangle))
+        return (.5 - distance / (self.size / 20)).clamp(0, 1)
+
+    def layers(self, state):
+        """The empty background and the shape's colour everywhere, each (b, 3, H, W)."""
+        angle, phase, wavelength = state["ripple"][..., None, None].unbind(1)
+        wave = torch.sin(2 * np.pi * (self.x * angle.cos() + self.y * angle.sin()) / wavelength + phase)
+        mix, (one, two) = (.5 + .5 * wave)[:, None], state["ground"][..., None, None].unbind(1)
+        background = one * mix + two * (1 - mix)
+        return background, self.colours[state["colour"]][..., None, None].expand_as(background)
+
+    def render(self, state, centres=None):
+        """(b, f, 3, H, W) in [-1, 1]"""
+        centres = self.centres(state) if centres is None else centres
+        b, f = centres.shape[:2]
+        cover = self.coverage(state["kind"].repeat_interleave(f), centres.flatten(0, 1)).unflatten(0, (b, f))[:, :, None]
+        background, colour = (x[:, None] for x in self.layers(state))
+        return background * (1 - cover) + colour * cover
+
+    def captions(self, state):
+        """["red disc moving up-left", ...]"""
+        words = [list(COLOURS), KINDS, list(DIRECTIONS)]
+        rows = zip(state["colour"], state["kind"], state["direction"])
+        return ["{} {} moving {}".format(*(w[i] for w, i in zip(words, row))) for row in rows]
+
+    def batch(self, indices):
+        state = self.state(indices)
+        return {"video": self.render(state), "text": self.captions(state), "state": state}
+
+
+# ---------------------------------------------------------------- folders of real clips
+
+class VideoFolder:
+    """Every clip of `frames` frames that can be cut from the videos of a folder, at `size` x `size` pixels.
+
+    Videos are files (mp4, webm, mov, gif, ...) or folders of numbered images; the caption is a .txt file of the same name
+    beside them. Frames are resampled to `fps` (0: as they are), the short side is resized, the centre is kept. All
+    frames are held in memory, which is right for the toy preset. Raises UsageError, naming the file and the remedy."""
+
+    def __init__(self, folder, size, frames, fps=0.0):
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UsageError(f"{folder} is not a folder of videos: --data takes a folder with {', '.join(VIDEO_ENDINGS)} files")
+        sources = sorted(p for p in folder.iterdir()
+                         if p.suffix.lower() in VIDEO_ENDINGS or p.is_dir() and any(image_files(p)))
+        if not sources:
+            raise UsageError(f"no videos in {folder}: put {', '.join(VIDEO_ENDINGS)} files or folders of images there")
+        self.frames, self.clips, self.names, self.texts = frames, [], [], []
+        for path in sources:
+            video = read_video(path, size, fps)
+            if len(video) < frames:
+                raise UsageError(f"{path} has {len(video)} frames, a clip needs {frames}: remove it, or lower --frames"
+                                 + (" or --fps" if fps else ""))
+            self.clips.append(video)
+            sidecar = path.with_suffix(".txt")
+            self.names.append(path.name)
+            self.texts.append(sidecar.read_text().strip() if sidecar.is_file() else "")
+        starts = torch.tensor([len(v) - frames + 1 for v in self.clips], dtype=torch.float64)
+        self.weights = (starts / starts.sum()).tolist()
+
+    def batch(self, indices):
+        rows = []
+        for i in indices:
+            g = np.random.default_rng(int(i))
+            which = g.choice(len(self.clips), p=self.weights)
+            rows.append((which, g.integers(len(self.clips[which]) - self.frames + 1)))
+        video = torch.stack([self.clips[w][s:s + self.frames] for w, s in rows]).float() / 127.5 - 1
+        return {"video": video, "text": [self.texts[w] for w, _ in rows]}
+
+
+def dataset(cfg):
+    """The data that a Config asks for: the toy world, or the folder named by --data."""
+    return VideoFolder(cfg.data, cfg.size, cfg.frames, cfg.fps) if cfg.data else ToyWorld(cfg.size, cfg.frames)
+
+
+def held_out(number, seed=0):
+    """Clip numbers that training never sees."""
+    return range(HELD_OUT + seed * 100_000, HELD_OUT + seed * 100_000 + number)
+
+
+# ---------------------------------------------------------------- text and latents at toy scale
+
+class WordEncoder:
+    """A fixed, training-free text encoder: every word has its own random vector, derived from its letters.
+
+    Stands in for Wan's UMT5 encoder with the same output, (b, l, d) zero-padded embeddings. Words beyond `length` are cut;
+    an empty caption is all zeros, which is also what classifier-free guidance calls "no text"."""
+
+    def __init__(self, length, dim):
+        self.length, self.dim, self.known = length, dim, {}
+
+    def _word(self, word):
+        if word not in self.known:
+            generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
+            self.known[word] = torch.randn(self.dim, generator=generator)
+        return self.known[word]
+
+    def encode(self, captions):
+        out = torch.zeros(len(captions), self.length, self.dim)
+        for row, caption in zip(out, captions):
+            for slot, word in zip(row, caption.lower().split()):
+                slot.copy_(self._word(word))
+        return out
+
+
+class PatchCodec:
+    """Latents at toy scale: the principal components of square patches, each scaled to unit variance, in closed form.
+
+    encode (b, f, 3, H, W) in [-1, 1] -> (b, f, c, H/patch, W/patch); decode is its inverse but for the dropped components.
+    The same interface as a video VAE, deterministic, and fitted in a second."""
+
+    def __init__(self, patch, mean, basis, scale):
+        self.patch, self.mean, self.basis, self.scale = patch, mean, basis, scale
+
+    @classmethod
+    def fit(cls, video, patch, channels):
+        """The codec of these frames (b, f, 3, H, W)."""
+        x = rearrange(video, "b f c (h p) (w q) -> (b f h w) (c p q)", p=patch, q=patch).double()
+        mean = x.mean(0)
+        basis, power, _ = torch.linalg.svd((x - mean).T @ (x - mean) / len(x))
+        scale = power[:channels].sqrt().clamp_min(1e-4 * float(power[0].sqrt()) + 1e-6)
+        return cls(patch, mean.float(), basis[:, :channels].float().contiguous(), scale.float())
+
+    def encode(self, video):
+        if video.shape[-2] % self.patch or video.shape[-1] % self.patch:
+            raise UsageError(f"frames of {video.shape[-2]}x{video.shape[-1]} do not divide into patches of {self.patch}")
+        x = rearrange(video, "b f c (h p) (w q) -> b f h w (c p q)", p=self.patch, q=self.patch)
+        mean, basis, scale = (y.to(video.device) for y in (self.mean, self.basis, self.scale))
+        return rearrange((x - mean) @ basis / scale, "b f h w c -> b f c h w")
+
+    def decode(self, latents):
+        mean, basis, scale = (y.to(latents.device) for y in (self.mean, self.basis, self.scale))
+        x = (rearrange(latents.float(), "b f c h w -> b f h w c") * scale) @ basis.T + mean
+        return rearrange(x, "b f h w (c p q) -> b f c (h p) (w q)", p=self.patch, q=self.patch)
+
+    def save(self, path):
+        tensors = {"mean": self.mean, "basis": self.basis, "scale": self.scale, "patch": torch.tensor(self.patch)}
+        save_tensors(path, tensors)
+
+    @classmethod
+    def load(cls, path):
+        tensors = read_tensors(path)
+        return cls(int(tensors["patch"]), tensors["mean"], tensors["basis"], tensors["scale"])
+
+
+# ---------------------------------------------------------------- media files
+
+def save_tensors(path, tensors):
+    """A dict of tensors as one safetensors file, whole or not at all."""
+    with written_whole(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
+
+
+def read_tensors(path):
+    """A safetensors file as a dict; UsageError where it is missing or broken."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist: run the stage that makes it, or check the path") from None
+    except Exception as error:  # safetensors raises its own kinds for truncated and foreign files
+        raise UsageError(f"{path} is not a readable safetensors file ({error}): make or download it again") from None
+
+
+def image_files(folder):
+    """The images of a folder in the order of their names."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
+
+
+def fit_frame(frame, size):
+    """(H, W, 3 or more) uint8 -> (3, size, size) uint8: short side resized (anti-aliased), centre kept; grey becomes RGB."""
+    frame = np.atleast_3d(frame)
+    frame = frame[..., :3] if frame.shape[2] >= 3 else frame[..., :1].repeat(3, 2)
+    x = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
+    scale = size / min(x.shape[2:])
+    shape = [max(size, round(side * scale)) for side in x.shape[2:]]
+    x = F.interpolate(x, shape, mode="bilinear", antialias=True, align_corners=False)
+    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    return x[0, :, top:top + size, left:left + size].round().clamp(0, 255).byte()
+
+
+def read_image(path, size):
+    """An image file as a clip of one frame: (1, 1, 3, size, size) in [-1, 1]."""
+    if not Path(path).is_file():
+        raise UsageError(f"{path} does not exist: --image takes an image file")
+    try:
+        frame = iio.imread(path)
+        frame = frame[0] if frame.ndim == 4 else frame
+    except Exception as error:
+        raise UsageError(f"{path} cannot be read as an image ({_first_line(error)}): convert it to png or jpg") from None
+    return fit_frame(frame, size)[None, None].float() / 127.5 - 1
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
+def read_video(path, size, fps=0.0):
+    """All frames of a video file or a folder of images: (f, 3, size, size) uint8, resampled to `fps` where that is not 0."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            frames, rate = [fit_frame(iio.imread(p), size) for p in image_files(path)], fps
+        else:
+            with iio.get_reader(path) as reader:
+                rate = reader.get_meta_data().get("fps") or 1000 / max(1, reader.get_meta_data().get("duration") or 100)
+                frames = [fit_frame(frame, size) for frame in reader]
+    except Exception as error:
+        raise UsageError(f"{path} cannot be read as a video ({_first_line(error)}): remove it, or convert it to mp4") from None
+    if not frames:
+        raise UsageError(f"{path} has no frames: remove it, or convert it to mp4")
+    if fps and rate and fps < rate:
+        frames = [frames[int(i * rate / fps)] for i in range(int(len(frames) * fps / rate))]
+    return torch.stack(frames)
+
+
+class VideoWriter:
+    """Frames to an mp4 or gif, written as they come, so that memory stays constant; the name appears once all is there.
+
+    Small frames are enlarged by `zoom` (whole pixels) to be visible."""
+
+    def __init__(self, path, fps=8, zoom=1):
+        self.path, self.zoom = Path(path), zoom
+        if self.path.suffix.lower() not in (".mp4", ".gif"):
+            raise UsageError(f"{path}: write to a name that ends in .mp4 or .gif")
+        gif = self.path.suffix.lower() == ".gif"
+        self.options = dict(duration=1000 / fps, loop=0) if gif else dict(fps=fps, macro_block_size=1, quality=8)
+
+    def __enter__(self):
+        self.stack = contextlib.ExitStack()
+        temporary = self.stack.enter_context(written_whole(self.path))
+        self.writer = self.stack.enter_context(iio.get_writer(temporary, **self.options))
+        return self
+
+    def write(self, frames):
+        """frames (f, 3, H, W) in [-1, 1]"""
+        for frame in to_uint8(frames):
+            self.writer.append_data(np.kron(frame, np.ones((self.zoom, self.zoom, 1), np.uint8)))
+
+    def __exit__(self, *failure):
+        return self.stack.__exit__(*failure)
+
+
+def to_uint8(frames):
+    """(..., 3, H, W) in [-1, 1] -> numpy (..., H, W, 3)"""
+    return ((frames.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).numpy()
+
+
+def write_sheet(path, video, zoom=2):
+    """Contact sheet, a row per video of `video` (b, f, 3, H, W), a column per frame."""
+    sheet = rearrange(to_uint8(video), "b f h w c -> (b h) (f w) c")
+    with written_whole(path) as temporary:
+        iio.imwrite(temporary, np.kron(sheet, np.ones((zoom, zoom, 1), np.uint8)))
+
+
+def write_gif_grid(path, video, columns=4, zoom=3, fps=8):
+    """One animation of all videos of `video` (b, f, 3, H, W), `columns` side by side."""
+    video = video[:len(video) // columns * columns] if len(video) >= columns else video
+    columns = min(columns, len(video))
+    with VideoWriter(path, fps, zoom) as writer:
+        writer.write(rearrange(video, "(r k) f c h w -> f c (r h) (k w)", k=columns))
+
+
+def main(argv=None):
+    """`python data.py --preview PNG`: what training will see."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preview", metavar="PNG", required=True, help="contact sheet to write")
+    parser.add_argument("--data", default="", help="folder of videos; empty: the toy world")
+    parser.add_argument("--size", type=int, default=32, help="side of a frame in pixels")
+    parser.add_argument("--frames", type=int, default=16, help="frames of a clip")
+    parser.add_argument("--fps", type=float, default=0.0, help="resample to this rate; 0: every frame")
+    parser.add_argument("--clips", type=int, default=8, help="rows of the sheet")
+    args = parser.parse_args(argv)
+    batch = dataset(args).batch(range(args.clips))
+    write_sheet(args.preview, batch["video"])
+    for caption in batch["text"]:
+        print(caption or "(no caption)")
+    print(f"wrote {args.preview}: a row per clip, a column per frame")
+
+
+if __name__ == "__main__":
+    with explain():
+        main()

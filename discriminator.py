@@ -1,0 +1,62 @@
+"""A DiT that is asked one question: is this clip real? Two switches span the paper's table 3.
+
+    backbone     bidirectional (every frame sees the whole clip)  or  causal (the student's block-causal mask)
+    granularity  one logit for the whole clip                     or  one logit for every frame
+
+AAD-1 is bidirectional + video-wise: the student is causal, its judge is not (the asymmetry in the name), and a single
+logit leaves the judge free to weigh motion and drift, which no single frame shows. Heads are APT's (2501.08316): at some
+layers learnable queries cross-attend to the tokens; their answers are concatenated, normalised, and mapped to a logit.
+"""
+import torch
+import torch.nn as nn
+from einops import rearrange, repeat
+
+from model import attention, block_causal_mask
+
+
+class QueryHead(nn.Module):
+    """`queries` learnable questions to the tokens of one layer. No residual of the query: it would put a large offset
+    into every logit, the same for real and fake, before anything is learnt."""
+
+    def __init__(self, dim, heads, queries):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Parameter(torch.randn(queries, dim))
+        self.norm = nn.LayerNorm(dim)
+        self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(3))
+
+    def forward(self, tokens):
+        """(b, l, dim) -> (b, queries * dim)"""
+        tokens = self.norm(tokens)
+        split = lambda y: rearrange(y, "b l (h d) -> b l h d", h=self.heads)
+        q = split(repeat(self.query, "l d -> b l d", b=len(tokens)))
+        k, v = split(self.k(tokens)), split(self.v(tokens))
+        return self.o(attention(q.to(v.dtype), k, v).flatten(2)).flatten(1)
+
+
+class Discriminator(nn.Module):
+    """Logits of noised clips: (b,) video-wise, (b, f) frame-wise.
+
+    backbone   a DiT; its flow head is not used (One-Forcing shares it with the fake score)
+    layers     indices of the blocks that are asked (Wan 14B: 19, 29, 39 of 40)
+    """
+
+    def __init__(self, backbone, layers, causal=False, framewise=False, queries=1):
+        super().__init__()
+        dim = backbone.cfg.dim
+        self.backbone, self.layers, self.causal, self.framewise = backbone, list(layers), causal, framewise
+        self.heads = nn.ModuleList(QueryHead(dim, backbone.cfg.num_heads, queries) for _ in layers)
+        self.norm = nn.LayerNorm(len(self.layers) * queries * dim)
+        self.out = nn.Linear(len(self.layers) * queries * dim, 1)
+        nn.init.normal_(self.out.weight, std=1e-3)  # starts at chance, whatever the features
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x_t, t, text):
+        """x_t (b, f, c, h, w) noised to t (b, f), the level that the discriminator is told -> logits"""
+        cfg, f = self.backbone.cfg, x_t.shape[1]
+        mask = block_causal_mask(f, cfg.first, cfg.chunk) if self.causal else None
+        _, hidden = self.backbone(x_t, t, text, mask=mask, taps=self.layers)
+        pattern = "b f n d -> (b f) n d" if self.framewise else "b f n d -> b (f n) d"
+        answers = [head(rearrange(tokens, pattern)) for head, tokens in zip(self.heads, hidden)]
+        logits = self.out(self.norm(torch.cat(answers, -1))).squeeze(-1).float()
+        return rearrange(logits, "(b f) -> b f", f=f) if self.framewise else logits

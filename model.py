@@ -1,0 +1,390 @@
+"""The network: Wan 2.1's video DiT, used both ways.
+
+Bidirectional, it is the teacher, the fake score and the discriminator's backbone. With a block-causal mask, or with a
+KV cache, it is the student that writes a video chunk after chunk. The weights are the same: visibility is an argument.
+
+    video   (b, f, c, h, w)   f latent frames, values around [-1, 1] (toy: unit variance)
+    time    (b, f)            one value PER FRAME, 0 = clean, 1 = noise
+    text    (b, l, d)         embeddings, zero-padded to `text_len`; the padding is attended, as in Wan
+    output  (b, f, c, h, w)   the flow  v = eps - x0
+
+Parameter names are exactly those of the official checkpoints, which therefore load with `strict=True`.
+Parallelism is put on from outside (train.py): nothing here knows of devices or processes.
+"""
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange, repeat
+
+try:  # optional: SDPA is the default and is enough
+    from flash_attn import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+
+@dataclass
+class Config:
+    """Shape of the network and of the stream it writes. Defaults are the preset `toy`; see PRESETS for the others."""
+    # the network
+    dim: int = 128              # width of the residual stream
+    ffn_dim: int = 512          # hidden width of the feed-forward layers
+    num_heads: int = 4          # attention heads; dim / num_heads must be even
+    num_layers: int = 4         # transformer blocks
+    in_dim: int = 24            # latent channels going in
+    out_dim: int = 24           # latent channels coming out
+    patch: int = 2              # side of a square patch, in latent pixels (Wan: 1 x 2 x 2)
+    freq_dim: int = 64          # sinusoids in the time embedding
+    text_dim: int = 32          # width of a text embedding
+    text_len: int = 6           # text tokens, padding included
+    eps: float = 1e-6           # of every LayerNorm and RMSNorm
+    precondition: bool = True   # skip connection around the network (see PreconditionedDiT); off for Wan
+    # the stream
+    frames: int = 16            # latent frames of a training clip, the conditioning image included
+    first: int = 1              # latent frames of the conditioning image, a chunk of its own; 0: text alone
+    chunk: int = 3              # latent frames written together
+    sink: int = 1               # earliest frames kept in the cache for ever
+    window: int = 15            # latest generated frames kept in the cache, before the current chunk
+    shift: float = 4.0          # timestep shift s: t' = s t / (1 + (s - 1) t)
+
+
+_WAN = dict(in_dim=16, out_dim=16, patch=2, freq_dim=256, text_dim=4096, text_len=512, precondition=False,
+            frames=21, first=1, chunk=4, sink=1, window=9, shift=5.0)
+PRESETS = {  # name -> what differs from the defaults
+    "toy": {},
+    "wan-1.3b": dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, **_WAN),
+    "wan-14b": dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, **_WAN),
+}
+
+
+# ---------------------------------------------------------------- who sees whom
+
+def chunk_bounds(frames, first, chunk):
+    """[(start, end)] of every chunk of a clip: one of `first` frames (none if 0), then `chunk` frames each.
+
+    Raises UsageError where the frames do not divide into chunks."""
+    if frames < first + chunk or (frames - first) % chunk:
+        near = first + max(1, round((frames - first) / chunk)) * chunk
+        raise UsageError(f"{frames} frames do not divide into a first chunk of {first} and chunks of {chunk}: "
+                         f"use --frames {near}, or another --chunk")
+    starts = list(range(first, frames, chunk))
+    return ([(0, first)] if first else []) + [(s, s + chunk) for s in starts]
+
+
+def block_causal_mask(frames, first, chunk, window=None):
+    """(f, f) bool, [query, key]: bidirectional inside a chunk, causal across chunks.
+
+    With `window`, a frame sees only the last `window` frames up to the end of its own chunk (the chunk included)."""
+    mask = torch.zeros(frames, frames, dtype=torch.bool)
+    for start, end in chunk_bounds(frames, first, chunk):
+        mask[start:end, 0 if window is None else max(0, end - window):end] = True
+    return mask
+
+
+def teacher_forcing_mask(frames, first, chunk):
+    """(2f, 2f) bool for the sequence [clean | noisy]: the clean half is block-causal; a noisy chunk sees the clean
+    chunks before it, and itself. Such a pass equals cached inference on a clean history."""
+    mask = torch.zeros(2 * frames, 2 * frames, dtype=torch.bool)
+    mask[:frames, :frames] = block_causal_mask(frames, first, chunk)
+    for start, end in chunk_bounds(frames, first, chunk):
+        mask[frames + start:frames + end, :start] = True
+        mask[frames + start:frames + end, frames + start:frames + end] = True
+    return mask
+
+
+def visibility(mask):
+    """The same mask as a list of (query frames, key frames): runs of frames that see the same, and what they see."""
+    rows, groups = mask.tolist(), []
+    for q, row in enumerate(rows):
+        if groups and rows[q - 1] == row:
+            groups[-1] = (slice(groups[-1][0].start, q + 1), groups[-1][1])
+            continue
+        keys = [k for k, seen in enumerate(row) if seen]
+        if keys and keys == list(range(keys[0], keys[-1] + 1)):
+            keys = slice(keys[0], keys[-1] + 1)  # a view instead of a copy
+        groups.append((slice(q, q + 1), keys))
+    return groups
+
+
+# ---------------------------------------------------------------- attention
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v for q, k, v of shape (b, l, heads, d): flash-attn where there is one, else SDPA."""
+    if flash_attn_func is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return flash_attn_func(q, k, v)
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def framewise_attention(q, k, v, groups):
+    """Masked attention for q, k, v of shape (b, f, n, heads, d), n tokens a frame.
+
+    One unmasked call for each group of frames that see the same: no token mask (1 GB at Wan scale) is ever built,
+    no work is spent on what is hidden, and every attention kernel will do."""
+    if groups is None:
+        groups = [(slice(None), slice(None))]
+    out = [attention(q[:, queries].flatten(1, 2), k[:, keys].flatten(1, 2), v[:, keys].flatten(1, 2))
+           for queries, keys in groups]
+    return rearrange(torch.cat(out, 1), "b (f n) h d -> b f n (h d)", n=q.shape[2])
+
+
+@functools.lru_cache(maxsize=16)
+def rope_table(positions, h, w, head_dim, device):
+    """cos and sin of the 3-D rotary angles: (f, h*w, 1, head_dim/2), computed in float64, returned in float32.
+
+    `positions` is a tuple of frame positions. The head is split time | height | width, each part with its own
+    frequencies 10000^(-2j/part)."""
+    part = 2 * (head_dim // 6)
+
+    def angles(pos, width):
+        freqs = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        return torch.as_tensor(pos, dtype=torch.float64)[:, None] * freqs
+
+    time, row, col = angles(positions, head_dim - 2 * part), angles(range(h), part), angles(range(w), part)
+    f = len(positions)
+    table = torch.cat([repeat(time, "f d -> f (h w) d", h=h, w=w), repeat(row, "h d -> f (h w) d", f=f, w=w),
+                       repeat(col, "w d -> f (h w) d", f=f, h=h)], -1)[:, :, None]
+    return table.cos().float().to(device), table.sin().float().to(device)
+
+
+def rotate(x, rope):
+    """Rotary embedding of x (b, f, n, heads, d): adjacent pairs (2i, 2i+1) turn by the angle of their position."""
+    cos, sin = rope
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Attention of a video to itself, and to its past where there is one."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.heads = cfg.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))
+        self.norm_q, self.norm_k = (nn.RMSNorm(cfg.dim, eps=cfg.eps) for _ in range(2))  # over the whole width
+
+    def normed(self, x, name):
+        """QK norm: RMSNorm of the projected width, before the heads are split; in the dtype of its weight."""
+        norm = getattr(self, f"norm_{name}")
+        return norm(getattr(self, name)(x).to(norm.weight.dtype))
+
+    def forward(self, x, rope, groups=None, past=None):
+        """x (b, f, n, dim) -> the same, and its own keys and values BEFORE RoPE, for a cache.
+
+        `rope` is (table of the queries, table of the keys); `past` = (k, v) of earlier frames; `groups` from
+        visibility()."""
+        split = lambda y: rearrange(y, "b f n (h d) -> b f n h d", h=self.heads)
+        v = split(self.v(x))
+        q, k = split(self.normed(x, "q")).to(v.dtype), split(self.normed(x, "k")).to(v.dtype)
+        keys, values = (k, v) if past is None else (torch.cat([past[0], k], 1), torch.cat([past[1], v], 1))
+        y = framewise_attention(rotate(q, rope[0]), rotate(keys, rope[1]), values, groups)
+        return self.o(y), (k, v)
+
+
+class CrossAttention(SelfAttention):
+    """Attention to the text: same parameters, no positions."""
+
+    def forward(self, x, text):
+        """x (b, f, n, dim), text (b, l, dim) -> (b, f, n, dim)"""
+        split = lambda y: rearrange(y, "b l (h d) -> b l h d", h=self.heads)
+        v = split(self.v(text))
+        q, k = split(self.normed(x.flatten(1, 2), "q")).to(v.dtype), split(self.normed(text, "k")).to(v.dtype)
+        y = attention(q, k, v)
+        return self.o(rearrange(y, "b (f n) h d -> b f n (h d)", n=x.shape[2]))
+
+
+class Block(nn.Module):
+    """Self-attention and feed-forward, both modulated by time; cross-attention to the text, not modulated."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(cfg.dim, cfg.eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(cfg)
+        self.norm3 = nn.LayerNorm(cfg.dim, cfg.eps)
+        self.cross_attn = CrossAttention(cfg)
+        self.norm2 = nn.LayerNorm(cfg.dim, cfg.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU("tanh"), nn.Linear(cfg.ffn_dim, cfg.dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim ** 0.5)
+
+    def forward(self, x, e, text, rope, groups=None, past=None):
+        """x (b, f, n, dim), e (b, f, 6, dim) -> x, (k, v). A pure function: what to remember is returned, so that
+        activation checkpointing may run it twice."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e)[:, :, :, None].unbind(2)
+        y, kv = self.self_attn(self.norm1(x) * (1 + scale1) + shift1, rope, groups, past)
+        x = x + gate1 * y
+        x = x + self.cross_attn(self.norm3(x), text)
+        x = x + gate2 * self.ffn(self.norm2(x) * (1 + scale2) + shift2)
+        return x, kv
+
+
+class Head(nn.Module):
+    """Tokens to patches, modulated by the time embedding itself."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm = nn.LayerNorm(cfg.dim, cfg.eps, elementwise_affine=False)
+        self.head = nn.Linear(cfg.dim, cfg.patch ** 2 * cfg.out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim ** 0.5)
+
+    def forward(self, x, e):
+        """x (b, f, n, dim), e (b, f, dim) -> (b, f, n, patch volume * channels)"""
+        shift, scale = (self.modulation + e[:, :, None])[:, :, :, None].unbind(2)
+        return self.head(self.norm(x) * (1 + scale) + shift)
+
+
+def sinusoid(t, dim):
+    """Embedding of times t in [0, 1]: (b, f) -> (b, f, dim), cosines first. The one place that multiplies by 1000."""
+    wide = t.double() if t.device.type != "mps" else t.cpu().double()  # float32 here costs 3e-6 of accuracy
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float64, device=wide.device) / (dim // 2))
+    angle = 1000 * wide[..., None] * freqs
+    return torch.cat([angle.cos(), angle.sin()], -1).float().to(t.device)
+
+
+class DiT(nn.Module):
+    """The Wan 2.1 text-to-video transformer.
+
+    model(x, t, text)                          bidirectional pass
+    model(x, t, text, mask=mask)               masked pass; mask (f, f) of frames
+    model(x, t, text, cache=cache)             pass over one chunk that sees the cache
+    model(x, t, text, taps=[1, 3])             (flow, [hidden states (b, f, n, dim) after those blocks])
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.patch_embedding = nn.Conv3d(cfg.in_dim, cfg.dim, (1, cfg.patch, cfg.patch), (1, cfg.patch, cfg.patch))
+        self.text_embedding = nn.Sequential(nn.Linear(cfg.text_dim, cfg.dim), nn.GELU("tanh"), nn.Linear(cfg.dim, cfg.dim))
+        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
+        self.head = Head(cfg)
+
+    def init_weights(self):
+        """Initialisation for training from scratch, as in Wan: xavier matrices, the output zero."""
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Conv3d)):
+                nn.init.xavier_uniform_(m.weight.flatten(1))
+                nn.init.zeros_(m.bias)
+        for m in (*self.text_embedding, *self.time_embedding):
+            if isinstance(m, nn.Linear):
+                nn.init.normal_(m.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+        return self
+
+    def forward(self, x, t, text, *, mask=None, positions=None, cache=None, taps=None):
+        """x (b, f, c, h, w), t (b, f) in [0, 1], text (b, l, text_dim) -> flow (b, f, c, h, w).
+
+        mask       (f, f) bool of frames, [query, key]; None: everything is seen
+        positions  f frame positions for RoPE; default 0 .. f-1
+        cache      KVCache: x is the chunk that follows it, is given the positions that follow, and is remembered
+                   there as the present chunk
+        taps       indices of blocks whose hidden states are returned as well
+        Raises ValueError for sides that do not divide into patches and for too long a text."""
+        p, (b, f, c, h, w) = self.cfg.patch, x.shape
+        if h % p or w % p:
+            raise ValueError(f"latent frames of {h}x{w} do not divide into patches of {p}x{p}")
+        if text.shape[1] > self.cfg.text_len:
+            raise ValueError(f"text of {text.shape[1]} tokens, the network takes {self.cfg.text_len}")
+        # a convolution with stride = kernel is a linear map of patches
+        x = F.linear(rearrange(x, "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=p),
+                     self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        e = self.time_embedding(sinusoid(t, self.cfg.freq_dim)).float()
+        e6 = rearrange(self.time_projection(e).float(), "b f (six d) -> b f six d", six=6)
+        text = self.text_embedding(F.pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1])))
+
+        past, q_pos, k_pos = None, positions or range(f), positions or range(f)
+        if cache is not None:
+            past, (q_pos, k_pos) = cache.past, cache.positions(f)
+        table = lambda pos: rope_table(tuple(pos), h // p, w // p, self.cfg.dim // self.cfg.num_heads, x.device)
+        rope, groups = (table(q_pos), table(k_pos)), None if mask is None else visibility(mask)
+
+        hidden, present = [], []
+        for i, block in enumerate(self.blocks):
+            x, kv = block(x, e6, text, rope, groups, past[i] if past else None)
+            present.append(kv)
+            if taps and i in taps:
+                hidden.append(x)
+        if cache is not None:
+            cache.present = [(k.detach(), v.detach()) for k, v in present]
+        flow = rearrange(self.head(x, e), "b f (h w) (p q c) -> b f c (h p) (w q)", h=h // p, p=p, q=p)
+        return (flow, hidden) if taps else flow
+
+
+class PreconditionedDiT(DiT):
+    """The same network inside v = c_skip(t) x_t + c_out(t) F(c_in(t) x_t, t), for data of unit variance (EDM, 2206.00364,
+    table 1, carried over to flow matching): F has a target of unit variance at every t, and at t = 1 that target is
+    -x0. A plain flow network must there copy its whole input, the noise, to its output, which a narrow network can't."""
+
+    def forward(self, x, t, text, **options):
+        s = t[..., None, None, None].float()
+        power = (1 - s) ** 2 + s ** 2  # the variance of x_t
+        out = super().forward(x / power.sqrt(), t, text, **options)
+        flow, hidden = out if options.get("taps") else (out, None)
+        flow = (2 * s - 1) / power * x + flow.float() / power.sqrt()
+        return flow if hidden is None else (flow, hidden)
+
+
+def build(cfg):
+    """The network that a Config asks for, uninitialised."""
+    return (PreconditionedDiT if cfg.precondition else DiT)(cfg)
+
+
+class UsageError(ValueError):
+    """Something that whoever typed the command can mend: one sentence that names the thing and the remedy."""
+
+
+def load_into(net, tensors, where):
+    """Load a state dict strictly; UsageError with the first names that do not fit."""
+    want, have = {k: v.shape for k, v in net.state_dict().items()}, {k: v.shape for k, v in tensors.items()}
+    for what, names in (("lacks", want.keys() - have.keys()), ("has unknown", have.keys() - want.keys()),
+                        ("has another shape of", {k for k in want.keys() & have.keys() if want[k] != have[k]})):
+        if names:
+            raise UsageError(f"{where} {what} {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''} ({len(names)} in all): "
+                             "choose the preset and flags it was trained with")
+    net.load_state_dict(tensors)
+    return net
+
+
+# ---------------------------------------------------------------- memory of a stream
+
+class KVCache:
+    """What a stream remembers: keys and values of the first `sink` frames and of the last `window` frames.
+
+    Keys are stored BEFORE RoPE and are given positions when they are read, counted inside [sink | window | chunk]
+    (StreamingLLM, 2309.17453; AAD-1 section 3.1): distances never leave the trained range, however long the stream.
+    With relative=False positions are frame numbers in the video, as in Self Forcing.
+
+    A pass over a chunk writes `present`, over whatever an earlier pass on the same chunk wrote; commit() ends the chunk.
+    Memory is constant: (sink + window + chunk) * tokens * 2 * dim values a layer.
+    """
+
+    def __init__(self, sink=1, window=None, relative=True):
+        self.sink, self.window, self.relative = sink, window, relative
+        self.past = None     # per layer (k, v), each (b, kept frames, n, heads, d)
+        self.present = None  # the same for the current chunk
+        self.kept = []       # frame number in the video of every frame in `past`
+        self.seen = 0        # frames committed so far
+
+    def positions(self, frames):
+        """RoPE positions of a chunk of `frames` frames and of all that it sees, itself included."""
+        keys = self.kept + list(range(self.seen, self.seen + frames))
+        if self.relative:
+            keys = list(range(len(keys)))
+        return keys[-frames:], keys
+
+    def commit(self):
+        """The current chunk becomes past; the oldest frames beyond sink + window are forgotten."""
+        frames = self.present[0][0].shape[1]
+        self.kept += range(self.seen, self.seen + frames)
+        self.seen += frames
+        if self.past is not None:
+            self.present = [(torch.cat([pk, k], 1), torch.cat([pv, v], 1))
+                            for (pk, pv), (k, v) in zip(self.past, self.present)]
+        drop = 0 if self.window is None else len(self.kept) - self.sink - self.window
+        if drop > 0:
+            keep = [i for i in range(len(self.kept)) if not self.sink <= i < self.sink + drop]
+            self.kept = [self.kept[i] for i in keep]
+            self.present = [(k[:, keep], v[:, keep]) for k, v in self.present]
+        self.past, self.present = self.present, None

@@ -1,0 +1,129 @@
+"""Sampling: the teacher's ODE, the student's causal rollout, and the command that turns an image and a prompt to video.
+
+    python sample.py --from-data                           animate a held-out toy image with the newest finished stage
+    python sample.py --image photo.jpg --prompt "red disc moving left" --out video.mp4
+    python sample.py --from-data --frames 1000 --steps 1   stream: memory stays constant, frames are written as they come
+
+rollout() is the one function that writes videos chunk by chunk. Training (stages II and III) and serving both use it,
+which is what closes the train-test gap (Self Forcing, 2506.08009).
+"""
+import argparse
+import json
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from data import PatchCodec, ToyWorld, VideoWriter, WordEncoder, explain, held_out, read_image, read_tensors
+from losses import add_noise, guide, shift_time, x0_from_flow
+from model import Config, KVCache, UsageError, build, load_into
+
+
+def schedule(steps, shift):
+    """Times of the network passes of a `steps`-step sampler: 1 > ... > 0, the final 0 left out.
+
+    schedule(4, 5) is Wan's 1000, 750, 500, 250 after the shift: 1, .9375, .8333, .625."""
+    return [shift_time(1 - i / steps, shift) for i in range(steps)]
+
+
+def frame_times(level, like, given):
+    """(b, f) times for a clip: `level` (number or (b, 1)) everywhere, 0 on the first `given` frames, which are clean."""
+    t = torch.zeros(like.shape[:2], device=like.device) + level
+    t[:, :given] = 0
+    return t
+
+
+def guided(model, text, scale):
+    """The teacher's velocity under classifier-free guidance: callable (x_t, t) -> flow. No text is all zeros."""
+    def velocity(x, t):
+        if scale == 1:
+            return model(x, t, text)
+        cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, torch.zeros_like(text)])).chunk(2)
+        return guide(cond, uncond, scale)
+    return velocity
+
+
+@torch.no_grad()
+def sample_ode(velocity, noise, first, times, keep=()):
+    """Euler's method from noise to a clean clip; `first` (b, k, c, h, w) given frames stay as they are, k may be 0.
+
+    times: from schedule(). Returns the clip (b, f, c, h, w), and the states at the step numbers in `keep`."""
+    k, kept = first.shape[1], []
+    x = torch.cat([first, noise[:, k:]], 1)
+    for i, (t, s) in enumerate(zip(times, [*times[1:], 0.0])):
+        if i in keep:
+            kept.append(x)
+        v = velocity(x, frame_times(t, x, k))
+        x = torch.cat([first, x[:, k:] + (s - t) * v[:, k:].to(x.dtype)], 1)
+    return (x, kept) if keep else x
+
+
+def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=False, context_level=0.0):
+    """Write a video chunk after chunk; yields (b, chunk, c, h, w), the given frames `first` before all others.
+
+    model          causal student; model.cfg says chunk, sink, window and shift (paper eq. 1)
+    first          (b, k, c, h, w) conditioning image, a chunk of its own; k = 0 for none
+    randn          callable (number of frames) -> noise (b, number, c, h, w)
+    frames         stop once so many are written, the given ones included (the last chunk is always whole); None: endless
+    steps          network passes a chunk; a list gives every chunk its own, the last entry for all that follow
+    exit_step      leave after this pass (0-based) instead of the last (Self Forcing draws it at random)
+    grad           let the exit pass of every chunk carry a gradient; nothing flows through the cache
+    context_level  noise level at which a finished chunk enters the cache (0 in the paper; Diagonal Forcing: 0.1);
+                   None: the cache is what the last pass left, and the context pass is saved
+    """
+    cfg = model.cfg
+    cache = KVCache(cfg.sink, cfg.window)
+
+    def remember(x):
+        if context_level is not None or cache.present is None:
+            level = context_level or 0.0
+            noisy = add_noise(x, randn(x.shape[1]), frame_times(level, x, 0)) if level else x
+            with torch.no_grad():
+                model(noisy.detach(), frame_times(level, x, 0), text, cache=cache)
+        cache.commit()
+
+    written, plan = first.shape[1], list(steps) if isinstance(steps, (list, tuple)) else [steps]
+    if written:
+        yield first
+        remember(first)
+    while frames is None or written < frames:
+        times = schedule(plan.pop(0) if len(plan) > 1 else plan[0], cfg.shift)
+        last = len(times) - 1 if exit_step is None else min(exit_step, len(times) - 1)
+        x = randn(cfg.chunk)
+        for i, t in enumerate(times[:last + 1]):
+            t = frame_times(t, x, 0)
+            with torch.set_grad_enabled(grad and i == last):
+                x0 = x0_from_flow(x, model(x, t, text, cache=cache), t)
+            if i < last:
+                x = add_noise(x0, randn(cfg.chunk), frame_times(times[i + 1], x, 0))
+        written += x0.shape[1]
+        yield x0
+        if frames is None or written < frames:  # nobody reads the cache after the last chunk
+            remember(x0)
+        else:
+            cache.present = None
+
+
+@torch.no_grad()
+def animate(net, settings, first, text, randn, frames, steps=None):
+    """A whole clip (b, f, c, h, w) by the network of a stage: the teacher's ODE for stage 0, else the causal rollout."""
+    if settings["stage"] == 0:
+        times = schedule(steps or settings["ode_steps"], net.cfg.shift)
+        return sample_ode(guided(net, text, settings["guidance"]), randn(frames), first, times)
+    steps = steps or settings["student_steps"]
+    return torch.cat(list(rollout(net, first, text, randn, frames, steps)), 1)[:, :frames]
+
+
+def load_stage(folder, file="ema.safetensors"):
+    """What train.py left in a stage's folder: (network, codec, settings as a dict). UsageError where it is missing."""
+    folder = Path(folder)
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{folder} holds no finished stage: train it first (python train.py --stage N), or name another") from None
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{folder / 'config.json'} is damaged ({error}): train the stage again") from None
+    cfg = Config(**{f.name: settings[f.name] for f in fields(Config)})
+    net = load_into(build(cfg), read_tensors(folder / file), folder / file)
+    return net, PatchCodec.load(folder / "codec.safetensors"), {**settings, "where": str(folder)}

@@ -1,0 +1,662 @@
+"""Training: a teacher from scratch, then the three stages of AAD-1. One loop, one function per stage.
+
+    python train.py                                       the whole recipe at preset `toy`: stages 0, 1, 2, 3
+    python train.py --stage 2                             one stage; it finds the stage before by itself
+    python train.py --data DIR_OF_MP4 --out out/mine      the same on your own clips
+    torchrun --nproc_per_node 2 train.py --stage 3        several processes: FSDP2, gloo on CPU, NCCL on GPUs
+
+    stage 0   teacher        flow matching on real clips, bidirectional            paper section 2
+    stage 1   ODE init       regression onto the teacher's ODE, block-causal       paper eq. 3
+    stage 2   DMD warm-up    distribution matching on the student's own rollouts   paper eq. 4-6
+    stage 3   adversarial    a bidirectional judge with one logit for the clip     paper eq. 7-10
+
+Stage N leaves in <out>/stageN: weights.safetensors, ema.safetensors, codec.safetensors, config.json, log.jsonl, samples.gif,
+samples.png, metrics.json and state/ to resume from. The next stage starts from the EMA weights.
+"""
+import argparse
+import contextlib
+import gc
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from tqdm import tqdm
+
+import losses as L
+from data import (PatchCodec, Draws, WordEncoder, dataset, explain, held_out, read_tensors, save_tensors, write_gif_grid,
+                  write_sheet, written_whole)
+from discriminator import Discriminator
+from model import PRESETS, Config, UsageError, block_causal_mask, build, chunk_bounds
+from sample import animate, frame_times, guided, load_stage, rollout, sample_ode, schedule
+
+
+@dataclass
+class TrainConfig(Config):
+    """Everything a run can be told. The comment behind a field is its help text; RECIPES has what stages change."""
+    # what, on what, where to
+    preset: str = "toy"             # toy, wan-1.3b or wan-14b
+    stage: int = -1                 # 0 teacher, 1 ODE initialisation, 2 DMD, 3 adversarial; -1: all in order
+    data: str = ""                  # folder of videos; empty: the toy world
+    out: str = ""                   # folder of the run; default out/<preset>
+    tag: str = ""                   # appended to the stage's folder name, to keep experiments apart
+    init: str = ""                  # folder of the stage to start from; default: the stage before
+    teacher: str = ""               # folder of the teacher; default: stage 0 of this run
+    seed: int = 0                   # of everything random
+    resume: bool = False            # continue from the last saved state of the stage
+    device: str = ""                # cuda, mps or cpu; default: the first there is
+    dtype: str = ""                 # autocast: bfloat16 or float32; default: bfloat16 where the hardware has it
+    # clips
+    size: int = 32                  # side of a frame, in pixels
+    fps: float = 0.0                # resample videos to this rate; 0: every frame as it is
+    codec_patch: int = 4            # side of a patch of the toy codec, in pixels
+    # the loop
+    iters: int = 0                  # training steps of a stage
+    batch_size: int = 16            # clips per step, over all devices
+    micro_batch: int = 0            # clips per device and pass, the rest is accumulated; 0: all at once
+    lr: float = 2e-3                # AdamW's learning rate
+    muon_lr: float = 0.0            # Muon's, for the matrices of the blocks; 0: AdamW for all
+    betas: tuple = (0.9, 0.95)      # AdamW's
+    warmup: int = 10                # steps over which the learning rates rise
+    decay: float = 0.0              # last fraction of the run, over which they fall to zero
+    clip: float = 1.0               # largest gradient norm
+    ema: float = 0.98               # decay of the running average of the weights
+    max_bad_steps: int = 10         # non-finite steps in a row before giving up
+    save_every: int = 200           # steps between saved states; 0: only at the end
+    samples: int = 8                # clips in samples.png and samples.gif
+    # stage 0: the teacher
+    text_drop: float = 0.1          # share of captions dropped, for guidance
+    train_shift: float = 3.0        # timestep shift of training times
+    # stage 1: ODE initialisation
+    trajectories: int = 256         # teacher trajectories to regress on
+    ode_steps: int = 16             # Euler steps of a trajectory
+    guidance: float = 1.5           # classifier-free guidance of the teacher; 1: none
+    levels: int = 4                 # states of a trajectory that are kept, those a `levels`-step sampler would visit
+    level_weights: tuple = (0.4, 0.1, 0.1, 0.1, 0.3)  # how often a chunk gets each level, from noise to clean
+    # stages 2 and 3: the student's own rollouts
+    student_steps: int = 1          # network passes per chunk
+    dmd: float = 0.0                # weight of the DMD term
+    gan: float = 0.0                # weight of the adversarial term
+    critic_lr: float = 1e-3         # fake score (DMD) and discriminator heads (GAN)
+    critic_betas: tuple = (0.5, 0.99)  # Adam's, for the critics
+    critic_updates: int = 2         # critic steps per generator step
+    critic_warmup: int = 15         # first steps, in which only the critic learns
+    score_shift: float = 3.0        # timestep shift of the level at which the scores are compared
+    stop_motion: float = 0.6        # stop stage 2 once motion has fallen to this fraction of its best; 0: never
+    # stage 3: the discriminator
+    backbone_lr: float = 0.0        # of the discriminator's backbone; 0: frozen
+    disc_causal: bool = False       # give the discriminator the student's block-causal mask
+    disc_framewise: bool = False    # one logit per frame instead of one per clip
+    disc_layers: tuple = (0, 1, 2, 3)  # blocks that the heads read
+    disc_queries: int = 2           # queries per head
+    gan_loss: str = "relativistic"  # or logistic, the paper's
+    gan_t_max: float = 0.9          # noise level of the discriminator's input ~ U[0, this]
+    r_weight: float = 5.0           # lambda of the approximate R1 and R2
+    r_sigma: float = 0.1            # their perturbation
+    r_every: int = 2                # critic steps between two of them
+
+
+RECIPES = {  # preset -> stage -> what differs from the defaults
+    "toy": {
+        0: dict(iters=1000, muon_lr=0.02, warmup=30, decay=0.4, ema=0.99),
+        1: dict(iters=220, muon_lr=0.01, decay=0.5),
+        2: dict(iters=105, dmd=1.0, lr=3e-4, betas=(0.5, 0.99), ema=0.95),
+        3: dict(iters=140, gan=1.0, lr=1e-4, betas=(0.0, 0.99), critic_betas=(0.0, 0.99), critic_updates=3, critic_warmup=40),
+    },
+    "wan-1.3b": {}, "wan-14b": {},
+}
+_WAN_RECIPE = {
+    0: dict(iters=0),
+    1: dict(iters=2000, batch_size=64, lr=2e-6, trajectories=16_000, ode_steps=48, guidance=6.0),
+    2: dict(iters=100, batch_size=64, dmd=1.0, lr=2e-6, betas=(0.0, 0.999), critic_lr=4e-7, critic_betas=(0.0, 0.999),
+            critic_updates=5, critic_warmup=0, guidance=6.0, score_shift=5.0),
+    3: dict(iters=200, batch_size=256, gan=1.0, lr=4e-7, betas=(0.0, 0.999), critic_lr=2e-6, critic_betas=(0.0, 0.999),
+            backbone_lr=1e-6, critic_updates=1, critic_warmup=0, disc_queries=1, gan_loss="logistic", gan_t_max=1.0,
+            r_weight=20.0, r_sigma=0.05, r_every=1),
+}
+RECIPES["wan-1.3b"] = {s: dict(r, disc_layers=(14, 21, 29)) for s, r in _WAN_RECIPE.items()}
+RECIPES["wan-14b"] = {s: dict(r, disc_layers=(19, 29, 39)) for s, r in _WAN_RECIPE.items()}
+
+
+# ---------------------------------------------------------------- settings
+
+def parse(argv):
+    """The command line, generated from TrainConfig, as a dict of what was given. Unknown flags: one sentence, exit 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message}; train.py --help lists every flag\n")
+    source = inspect.getsource(Config) + inspect.getsource(TrainConfig)
+    for field in fields(TrainConfig):
+        text = re.search(rf"^    {field.name}: .*?#\s*(.*)$", source, re.M).group(1)
+        how = dict(type=field.type)
+        if field.type is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif field.type is tuple:
+            how = dict(type=type(field.default[0]), nargs="+")
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=None, help=text, **how)
+    given = vars(parser.parse_args(argv))
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+
+
+def settle(given, stage):
+    """The settings of one stage: defaults, then the preset, then its recipe, then what was `given`; checked."""
+    preset = given.get("preset", "toy")
+    if preset not in PRESETS:
+        raise UsageError(f"--preset {preset} is unknown: choose from {', '.join(PRESETS)}")
+    if stage not in RECIPES[preset]:
+        raise UsageError(f"--stage {stage} is unknown: choose 0, 1, 2 or 3")
+    cfg = TrainConfig(**{**PRESETS[preset], **RECIPES[preset][stage], **given, "stage": stage})
+    cfg.out = cfg.out or f"out/{preset}"
+    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    fast = cfg.device == "cuda" or cfg.device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    cfg.dtype = cfg.dtype or ("bfloat16" if fast else "float32")
+    check(cfg)
+    return cfg
+
+
+def check(cfg):
+    """Raise UsageError, naming the field, for settings that cannot work together."""
+    chunk_bounds(cfg.frames, cfg.first, cfg.chunk)
+    for name in ("iters", "batch_size", "micro_batch", "save_every", "seed"):
+        if getattr(cfg, name) < (1 if name == "batch_size" else 0):
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is too small")
+    if cfg.size % (cfg.codec_patch * cfg.patch):
+        raise UsageError(f"--size {cfg.size} does not divide into patches of {cfg.codec_patch * cfg.patch} pixels: "
+                         f"use --size {round(cfg.size / 8) * 8 or 8}")
+    if cfg.dtype not in ("bfloat16", "float32"):
+        raise UsageError(f"--dtype {cfg.dtype} is unknown: choose bfloat16 or float32")
+    if cfg.gan_loss not in L.GAN_LOSSES:
+        raise UsageError(f"--gan-loss {cfg.gan_loss} is unknown: choose from {', '.join(L.GAN_LOSSES)}")
+    if max(cfg.disc_layers) >= cfg.num_layers:
+        raise UsageError(f"--disc-layers {max(cfg.disc_layers)} does not exist: the network has blocks 0 to {cfg.num_layers - 1}")
+    if len(cfg.level_weights) != cfg.levels + 1:
+        raise UsageError(f"--level-weights needs {cfg.levels + 1} numbers, one for each of --levels {cfg.levels} and clean")
+    if cfg.ode_steps % cfg.levels:
+        raise UsageError(f"--ode-steps {cfg.ode_steps} is no multiple of --levels {cfg.levels}")
+
+
+# ---------------------------------------------------------------- many devices
+
+def world():
+    """(rank, number of processes)"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def processes():
+    """The process group that torchrun asks for, if it does; taken down in an order that does not abort."""
+    if "RANK" in os.environ:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if backend == "nccl":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(backend)
+    try:
+        yield
+    finally:
+        gc.collect()  # sharded modules must be gone before their process group
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def shard(module):
+    """FSDP2 on every block and on the rest, under torchrun; nothing otherwise. The one place that distributes a network."""
+    if dist.is_initialized():
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        mesh = dist.device_mesh.init_device_mesh(kind, (dist.get_world_size(),))
+        backbone = getattr(module, "backbone", module)
+        for block in backbone.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(module, mesh=mesh)
+    return module
+
+
+def whole(x):
+    """The full tensor of a sharded one."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+# ---------------------------------------------------------------- one stage at work
+
+@dataclass
+class Batch:
+    """One micro-batch: latents of real clips, their captions, and a source of randomness that belongs to its clips."""
+    clips: list
+    x0: torch.Tensor      # (b, f, c, h, w)
+    text: torch.Tensor    # (b, l, d)
+    draws: Draws
+
+    def given(self, cfg):
+        """The conditioning frames (b, first, c, h, w)."""
+        return self.x0[:, :cfg.first]
+
+
+class Run:
+    """A stage at work: settings, data, networks and their optimizers, the step, the log."""
+
+    def __init__(self, cfg):
+        self.cfg, self.step, self.bad = cfg, 0, {}
+        self.rank, self.world = world()
+        if cfg.batch_size % self.world:
+            raise UsageError(f"--batch-size {cfg.batch_size} does not divide over {self.world} processes")
+        self.device = torch.device(cfg.device)
+        self.dir = Path(cfg.out) / f"stage{cfg.stage}{cfg.tag}"
+        self.data, self.words = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim)
+        self.nets, self.opts = {}, {}
+        torch.manual_seed(cfg.seed)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16",
+                              cache_enabled=False)  # a cast cached under no_grad would lose the gradient in a rollout
+
+    def add(self, name, module, groups=()):
+        """Place, shard and keep a network; `groups` [(parameters' names start with, lr)] are trained, the rest frozen."""
+        module = shard(module.to(self.device))
+        module.requires_grad_(False)
+        optimizers, named = [], dict(module.named_parameters())
+        muon_lr = self.cfg.muon_lr if name == "student" else 0.0
+        betas = self.cfg.betas if name == "student" else self.cfg.critic_betas
+        for prefixes, lr in groups:
+            params = {n: p.requires_grad_() for n, p in named.items() if n.startswith(prefixes)}
+            matrices = [p for n, p in params.items() if muon_lr and "blocks." in n and p.ndim == 2]
+            rest = [p for n, p in params.items() if not (muon_lr and "blocks." in n and p.ndim == 2)]
+            if matrices:
+                optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0))
+            optimizers.append(torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0.0))
+        for o in optimizers:
+            for g in o.param_groups:
+                g["peak"] = g["lr"]
+        self.nets[name], self.opts[name] = module, optimizers
+        return module
+
+    def batches(self, purpose):
+        """This process's share of the step's global batch, one micro-batch at a time."""
+        cfg, share = self.cfg, self.cfg.batch_size // self.world
+        start = self.step * cfg.batch_size + self.rank * share
+        clips = [cfg.seed * 10_000_000 + i for i in range(start, start + share)]
+        size = min(cfg.micro_batch or share, share)
+        for i in range(0, share, size):
+            part = clips[i:i + size]
+            yield self.batch(part, purpose)
+
+    def batch(self, clips, purpose):
+        raw = self.data.batch(clips)
+        return Batch(clips, self.codec.encode(raw["video"].to(self.device)), self.words.encode(raw["text"]).to(self.device),
+                     self.draws(clips, purpose))
+
+    def trajectory(self, batch):
+        """Teacher trajectories for a batch: states (b, levels + 1, f, c, h, w), noise first, and their texts."""
+        numbers = (batch.draws.rand(1)[:, 0] * self.cfg.trajectories).long().tolist()
+        rows = [read_tensors(self.dir / "trajectories" / f"{n:06d}.safetensors") for n in numbers]
+        return (torch.stack([row[name] for row in rows]).to(self.device) for name in ("states", "text"))
+
+    def draws(self, clips, purpose):
+        return Draws(clips, self.cfg.seed, self.cfg.stage, self.step, purpose, device=self.device)
+
+    def share(self, loss, batch):
+        """A micro-batch's part of the mean over the global batch (FSDP averages over processes)."""
+        return loss * (len(batch.x0) * self.world / self.cfg.batch_size)
+
+    def update(self, name):
+        """Clip, check, step every optimizer of a network; returns the gradient norm. Skips non-finite gradients."""
+        cfg, net = self.cfg, self.nets[name]
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)))
+        rise = min(1.0, (self.step + 1) / max(1, cfg.warmup))
+        fall = min(1.0, (cfg.iters - self.step) / max(1.0, cfg.decay * cfg.iters)) if name == "student" else 1.0
+        self.bad[name] = 0 if math.isfinite(norm) else self.bad.get(name, 0) + 1
+        for o in self.opts[name]:
+            for g in o.param_groups:
+                g["lr"] = g["peak"] * rise * fall
+            if math.isfinite(norm):
+                o.step()
+            o.zero_grad()
+        if self.bad[name] >= cfg.max_bad_steps:
+            raise UsageError(f"stage {cfg.stage}, step {self.step}: {self.bad[name]} non-finite gradients in a row in {name}; the last good "
+                             f"state is in {self.dir / 'state'}: lower --lr and --resume")
+        if name == "student" and math.isfinite(norm):
+            decay = min(cfg.ema, (self.step + 1) / (self.step + 10))
+            with torch.no_grad():
+                for p, q in zip(self.nets["ema"].parameters(), net.parameters()):
+                    p.lerp_(q, 1 - decay)
+        return norm
+
+
+# ---------------------------------------------------------------- the stages, a function each: one training step
+
+def teacher_step(run):
+    """Stage 0: flow matching on real clips; the conditioning image is clean, its frame at t = 0."""
+    cfg, log = run.cfg, {"loss": 0.0}
+    for batch in run.batches("teacher"):
+        u, drop = batch.draws.rand(1), batch.draws.rand(1, 1) < cfg.text_drop
+        text = batch.text.masked_fill(drop, 0.0)
+        t = frame_times(L.shift_time(u, cfg.train_shift), batch.x0, cfg.first)
+        with run.autocast():
+            loss = L.flow_matching_loss(lambda x, t: run.nets["student"](x, t, text), batch.x0, batch.draws.randn(*batch.x0.shape[1:]), t)
+        run.share(loss, batch).backward()
+        log["loss"] += run.share(loss, batch).item()
+    return {**log, "grad": run.update("student")}
+
+
+def ode_step(run):
+    """Stage I: from a state of the teacher's trajectory, every chunk at its own level, to its clean end (paper eq. 3)."""
+    cfg, log = run.cfg, {"loss": 0.0}
+    times = torch.tensor([*schedule(cfg.levels, cfg.shift), 0.0], device=run.device)
+    mask = block_causal_mask(cfg.frames, cfg.first, cfg.chunk)
+    bounds = chunk_bounds(cfg.frames, cfg.first, cfg.chunk)[1 if cfg.first else 0:]
+    for batch in run.batches("ode"):
+        path, text = run.trajectory(batch)                                    # (b, levels + 1, f, c, h, w)
+        level = batch.draws.choice(cfg.level_weights, len(bounds))            # one level a chunk
+        level = torch.cat([torch.full_like(level[:, :1], cfg.levels).expand(-1, cfg.first),
+                           level.repeat_interleave(cfg.chunk, 1)], 1)         # (b, f); the image is clean
+        x_t = path.gather(1, level[:, None, :, None, None, None].expand(-1, 1, -1, *path.shape[3:]))[:, 0]
+        with run.autocast():
+            loss = L.ode_regression_loss(lambda x, t: run.nets["student"](x, t, text, mask=mask), x_t, path[:, -1], times[level])
+        run.share(loss, batch).backward()
+        log["loss"] += run.share(loss, batch).item()
+    return {**log, "grad": run.update("student")}
+
+
+def dmd_gradient(run, x, batch, draws):
+    """Stage II: the direction from the student's clip x to what the teacher would rather see (paper eq. 4-5)."""
+    cfg, k, teacher, fake = run.cfg, run.cfg.first, run.nets["teacher"], run.nets["fake"]
+    t = frame_times(L.student_levels(draws.rand(1), cfg.score_shift), x, k)
+    x_t = L.add_noise(x, draws.randn(*x.shape[1:]), t)
+    with torch.no_grad(), run.autocast():
+        x0_real = L.x0_from_flow(x_t, guided(teacher, batch.text, cfg.guidance)(x_t, t), t)
+        x0_fake = L.x0_from_flow(x_t, fake(x_t, t, batch.text), t)
+    grad = L.dmd_gradient(x[:, k:], x0_real[:, k:], x0_fake[:, k:])
+    clip = x[:, k:].clone().requires_grad_()
+    grad, = torch.autograd.grad(L.dmd_loss(clip, grad), clip)
+    return grad, {"dmd": grad.norm().item(), "distance": (x - x0_real)[:, k:].abs().mean().item()}
+
+
+def judge(run, x, batch, t, eps):
+    """The discriminator on a clip noised to t; `x` may carry a gradient."""
+    with run.autocast():
+        return run.nets["disc"](L.add_noise(x, eps, t), t, batch.text)
+
+
+def gan_gradient(run, x, batch, draws):
+    """Stage III: the direction in which the discriminator finds the student's clip more real (paper eq. 8)."""
+    cfg, k = run.cfg, run.cfg.first
+    clip = x[:, k:].clone().requires_grad_()
+    t = frame_times(draws.rand(1) * cfg.gan_t_max, x, k)
+    eps = draws.randn(*x.shape[1:])
+    fake = judge(run, torch.cat([x[:, :k], clip], 1), batch, t, eps)
+    with torch.no_grad():
+        real = judge(run, batch.x0, batch, t, eps)  # same noise, same level, same image: a pair
+    grad, = torch.autograd.grad(L.GAN_LOSSES[cfg.gan_loss][1](real, fake), clip)
+    return grad, {"gan": grad.norm().item()}
+
+
+def fake_score_step(run, clips, update):
+    """The fake score follows the student: flow matching on its clips (paper eq. 6)."""
+    cfg, log = run.cfg, {"fake_loss": 0.0}
+    for batch, x in clips:
+        draws = run.draws(batch.clips, f"fake{update}")
+        t = frame_times(L.student_levels(draws.rand(1), cfg.score_shift), x, cfg.first)
+        with run.autocast():
+            loss = L.fake_score_loss(lambda x, t: run.nets["fake"](x, t, batch.text), x, draws.randn(*x.shape[1:]), t)
+        run.share(loss, batch).backward()
+        log["fake_loss"] += run.share(loss, batch).item()
+    run.update("fake")
+    return log
+
+
+def disc_step(run, clips, update):
+    """The discriminator learns to tell real from generated, with approximate R1 and R2 (paper eq. 7, 9, 10)."""
+    cfg, log = run.cfg, {"d_real": 0.0, "d_fake": 0.0, "d_pairs": 0.0}
+    regular = (run.step * cfg.critic_updates + update) % cfg.r_every == 0
+    for batch, x in clips:
+        draws = run.draws(batch.clips, f"disc{update}")
+        t, eps = frame_times(draws.rand(1) * cfg.gan_t_max, x, cfg.first), draws.randn(*x.shape[1:])
+        ask = lambda clip: judge(run, clip, batch, t, eps)
+        real, fake = ask(batch.x0), ask(x)
+        loss = L.GAN_LOSSES[cfg.gan_loss][0](real, fake)
+        if regular:
+            for clip, logits in ((batch.x0, real), (x, fake)):
+                delta = cfg.r_sigma * draws.randn(*x.shape[1:])
+                loss = loss + cfg.r_weight * L.approximate_r(
+                    lambda x_t: run.nets["disc"](x_t, t, batch.text), L.add_noise(clip, eps, t), logits, delta)
+        run.share(loss, batch).backward()
+        for name, value in (("d_real", real.mean()), ("d_fake", fake.mean()), ("d_pairs", (real > fake).float().mean())):
+            log[name] += run.share(value, batch).item()
+    run.update("disc")
+    return log
+
+
+def distil_step(run):
+    """Stages II and III: roll out, move the student along the chosen terms, let the critics follow on the same clips."""
+    cfg, clips, log = run.cfg, [], {}
+    moving = run.step >= cfg.critic_warmup
+    terms = [(w, f) for w, f in ((cfg.dmd, dmd_gradient), (cfg.gan, gan_gradient)) if w]
+    exit_step = int(Draws([0], cfg.seed, cfg.stage, run.step, "exit").choice([1.0] * cfg.student_steps, 1))
+    for batch in run.batches("roll"):
+        noise = lambda frames: batch.draws.randn(frames, *batch.x0.shape[2:])
+        with run.autocast():
+            x = torch.cat(list(rollout(run.nets["student"], batch.given(cfg), batch.text, noise, cfg.frames,
+                                       cfg.student_steps, exit_step, grad=moving)), 1)
+        if moving:
+            total = 0.0
+            for weight, term in terms:
+                grad, numbers = term(run, x.detach(), batch, run.draws(batch.clips, term.__name__))
+                total, log = total + weight * grad, {**log, **numbers}
+            x[:, cfg.first:].backward(run.share(total, batch))
+        clips.append((batch, x.detach()))
+    if moving:
+        log["grad"] = run.update("student")
+    for update in range(cfg.critic_updates):
+        if cfg.dmd:
+            log.update(fake_score_step(run, clips, update))
+        if cfg.gan:
+            log.update(disc_step(run, clips, update))
+    log["motion"] = motion(torch.cat([x for _, x in clips])) / motion(torch.cat([b.x0 for b, _ in clips]))
+    return log
+
+
+def motion(x, lag=4):
+    """Root mean square difference of frames `lag` apart: a number that falls when a student turns static."""
+    lag = min(lag, x.shape[1] - 1)
+    return (x[:, lag:] - x[:, :-lag]).square().mean().sqrt().item()
+
+
+STEPS = {0: teacher_step, 1: ode_step, 2: distil_step, 3: distil_step}
+
+
+# ---------------------------------------------------------------- the beginning of a stage
+
+def prepare(run):
+    """Give a stage its codec and its networks: the student from the stage before, the rest from the teacher."""
+    cfg = run.cfg
+    if cfg.stage == 0:
+        raw = run.data.batch(range(512))["video"]
+        run.codec = PatchCodec.fit(raw, cfg.codec_patch, cfg.in_dim)
+        student = build(cfg).init_weights()
+    else:
+        student, run.codec, settings = load_stage(cfg.init or Path(cfg.out) / f"stage{cfg.stage - 1}")
+        match(cfg, settings)
+    run.add("ema", build_like(student))
+    run.add("student", student, [("", cfg.lr)])
+    if cfg.stage:
+        teacher, _, settings = load_stage(cfg.teacher or Path(cfg.out) / "stage0")
+        match(cfg, settings)
+        if cfg.stage == 1 or cfg.dmd:
+            run.add("teacher", build_like(teacher))
+        if cfg.dmd:
+            run.add("fake", build_like(teacher), [("", cfg.critic_lr)])
+        if cfg.gan:
+            backbone = build_like(student if cfg.disc_causal else teacher)
+            disc = Discriminator(backbone, cfg.disc_layers, cfg.disc_causal, cfg.disc_framewise, cfg.disc_queries)
+            groups = [(("heads.", "norm.", "out."), cfg.critic_lr)] + [("backbone.", cfg.backbone_lr)] * bool(cfg.backbone_lr)
+            run.add("disc", disc, groups)
+    if cfg.stage == 1:
+        make_trajectories(run)
+
+
+def build_like(net):
+    """A copy of a network, made before sharding (a sharded one cannot be copied)."""
+    copy = build(net.cfg)
+    copy.load_state_dict(net.state_dict())
+    return copy
+
+
+def match(cfg, settings):
+    """UsageError where a checkpoint's network is of another shape than the one asked for."""
+    for field in fields(Config)[:12]:
+        there, here = settings[field.name], getattr(cfg, field.name)
+        if there != here:
+            flag = f"--{field.name.replace('_', '-')}"
+            raise UsageError(f"the checkpoint in {settings['where']} has {field.name} {there}, this run {here}: use {flag} {there}")
+
+
+def make_trajectories(run, at_once=32):
+    """The teacher's ODE trajectories, a file each with the states at the student's levels; those there are kept."""
+    cfg, folder = run.cfg, run.dir / "trajectories"
+    keep = range(0, cfg.ode_steps, cfg.ode_steps // cfg.levels)
+    groups = [range(i, min(i + at_once, cfg.trajectories)) for i in range(run.rank * at_once, cfg.trajectories, run.world * at_once)]
+    for numbers in tqdm(groups, desc="trajectories", disable=run.rank > 0):
+        paths = [folder / f"{n:06d}.safetensors" for n in numbers]
+        if run.world == 1 and all(p.is_file() for p in paths):
+            continue
+        batch = run.batch([cfg.seed * 10_000_000 + 5_000_000 + n for n in numbers], "trajectories")
+        with run.autocast():
+            end, states = sample_ode(guided(run.nets["teacher"], batch.text, cfg.guidance), batch.draws.randn(*batch.x0.shape[1:]),
+                                     batch.given(cfg), schedule(cfg.ode_steps, cfg.shift), keep)
+        for path, path_states, text in zip(paths, torch.stack([*states, end], 1), batch.text):
+            save_tensors(path, {"states": path_states, "text": text})
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ---------------------------------------------------------------- what a stage leaves behind
+
+def state_of(run):
+    """All that a resumed run needs; randomness and data position follow from the step."""
+    state = {"step": run.step}
+    for name, net in run.nets.items():
+        if run.opts[name] or name == "ema":
+            model, optim = get_state_dict(net, run.opts[name])
+            state[name] = {"model": model, "optim": optim}
+    return state
+
+
+def save_state(run):
+    """Write the state beside the old one, then swap them."""
+    new, now, old = (run.dir / name for name in ("state.new", "state", "state.old"))
+    dcp.save(state_of(run), checkpoint_id=new)
+    if run.rank == 0:
+        shutil.rmtree(old, ignore_errors=True)
+        if now.exists():
+            now.rename(old)
+        new.rename(now)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_state(run):
+    state = state_of(run)
+    dcp.load(state, checkpoint_id=run.dir / "state")
+    for name in run.nets:
+        if name in state:
+            set_state_dict(run.nets[name], run.opts[name], model_state_dict=state[name]["model"],
+                           optim_state_dict=state[name]["optim"])
+    run.step = state["step"]
+
+
+def export(run):
+    """Plain safetensors of the student and of its running average, for the next stage and for sample.py."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    for name, file in (("student", "weights.safetensors"), ("ema", "ema.safetensors")):
+        tensors = get_model_state_dict(run.nets[name], options=options)
+        if run.rank == 0:
+            save_tensors(run.dir / file, tensors)
+    if run.rank == 0:
+        run.codec.save(run.dir / "codec.safetensors")
+
+
+def show(run):
+    """samples.png and samples.gif: real clips, then what the stage makes of the same first frames."""
+    cfg = run.cfg
+    batch = run.batch(list(held_out(cfg.samples)), "samples")
+    with run.autocast():
+        x = animate(run.nets["ema"], asdict(cfg), batch.given(cfg), batch.text, lambda f: batch.draws.randn(f, *batch.x0.shape[2:]), cfg.frames)
+    if run.rank == 0:
+        video = torch.cat([run.codec.decode(batch.x0), run.codec.decode(x)])
+        write_sheet(run.dir / "samples.png", video)
+        write_gif_grid(run.dir / "samples.gif", video, columns=cfg.samples)
+
+
+# ---------------------------------------------------------------- the loop
+
+class EarlyStop:
+    """Stage II ends once the student's motion falls below a fraction of its best, or the teacher's objection to its clips
+    has risen by a quarter: past its best point DMD drifts into still videos (paper section 4)."""
+
+    def __init__(self, fraction):
+        self.fraction, self.smooth, self.best = fraction, {}, {}
+
+    def __call__(self, log):
+        for name, better in (("motion", max), ("distance", min)):
+            if name in log and "grad" in log:
+                old = self.smooth.get(name, log[name])
+                self.smooth[name] = 0.9 * old + 0.1 * log[name]
+                self.best[name] = better(self.best.get(name, self.smooth[name]), self.smooth[name])
+        if not self.fraction or len(self.smooth) < 2:
+            return ""
+        if self.smooth["motion"] < self.fraction * self.best["motion"]:
+            return f"motion fell to {self.smooth['motion']:.2f} of real, its best was {self.best['motion']:.2f}"
+        if self.smooth["distance"] > 1.25 * self.best["distance"]:
+            return f"the teacher's objection rose to {self.smooth['distance']:.3f}, its best was {self.best['distance']:.3f}"
+        return ""
+
+
+def train(cfg):
+    """One stage from its beginning, or from where it was interrupted, to its end."""
+    run, began = Run(cfg), time.time()
+    settings = run.dir / "config.json"
+    if run.rank == 0:
+        run.dir.mkdir(parents=True, exist_ok=True)
+        with written_whole(settings) as temporary:
+            temporary.write_text(json.dumps(asdict(cfg), indent=1))
+    prepare(run)
+    if cfg.resume and (run.dir / "state").is_dir():
+        load_state(run)
+    stop = EarlyStop(cfg.stop_motion if cfg.stage == 2 else 0.0)
+    bar = tqdm(total=cfg.iters, initial=run.step, desc=run.dir.name, disable=run.rank > 0, mininterval=1.0)
+    with open(run.dir / "log.jsonl", "a") as log_file:
+        while run.step < cfg.iters:
+            log = STEPS[cfg.stage](run)
+            run.step += 1
+            bar.update()
+            if run.rank == 0:
+                bar.set_postfix({k: f"{v:.3g}" for k, v in log.items()}, refresh=False)
+                log_file.write(json.dumps({"step": run.step, **log}) + "\n")
+            if cfg.save_every and run.step % cfg.save_every == 0:
+                save_state(run)
+            if reason := stop(log):
+                tqdm.write(f"stage {cfg.stage} stops early at step {run.step}: {reason}")
+                break
+    bar.close()
+    export(run)
+    show(run)
+    print(f"stage {cfg.stage}: {run.step} steps in {(time.time() - began) / 60:.1f} minutes; pictures in {run.dir}/samples.png and .gif")
+
+
+def main(argv=None):
+    given = parse(argv)
+    with explain(), processes():
+        for stage in range(4) if given.get("stage", -1) == -1 else [given["stage"]]:
+            train(settle(given, stage))
+
+
+if __name__ == "__main__":
+    main()
