@@ -12,10 +12,12 @@ import json
 import time
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from tqdm import tqdm
 
-from data import PatchCodec, ToyWorld, VideoWriter, WordEncoder, explain, held_out, read_image, read_tensors
+from data import PatchCodec, VideoWriter, WordEncoder, dataset, explain, held_out, read_image, read_tensors
 from losses import add_noise, guide, shift_time, x0_from_flow
 from model import Config, KVCache, UsageError, build, load_into
 
@@ -127,3 +129,73 @@ def load_stage(folder, file="ema.safetensors"):
     cfg = Config(**{f.name: settings[f.name] for f in fields(Config)})
     net = load_into(build(cfg), read_tensors(folder / file), folder / file)
     return net, PatchCodec.load(folder / "codec.safetensors"), {**settings, "where": str(folder)}
+
+
+# ---------------------------------------------------------------- the command
+
+def newest_stage(root="out"):
+    """The stage under out/ that was finished last."""
+    done = sorted(Path(root).glob("*/stage*/ema.safetensors"), key=lambda p: p.stat().st_mtime)
+    if not done:
+        raise UsageError(f"no finished stage under {root}/: run python train.py first, or name one with --weights")
+    return done[-1].parent
+
+
+def stream(net, codec, settings, first, text, randn, frames, steps):
+    """Pixels (f, 3, H, W) chunk after chunk for one clip; stage 0, the teacher, makes the whole clip at once."""
+    if settings["stage"] == 0:
+        yield codec.decode(animate(net, settings, first, text, randn, frames, steps and steps[0]))[0]
+        return
+    written = 0
+    for chunk in rollout(net, first, text, randn, frames, steps or settings["student_steps"]):
+        yield codec.decode(chunk[:, :frames - written])[0]
+        written += chunk.shape[1]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message}; sample.py --help lists every flag\n")
+    parser.add_argument("--weights", help="folder of a stage; default: the one finished last under out/")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--image", help="picture to animate; its centre square is used")
+    source.add_argument("--from-data", action="store_true", help="first frame and caption of a clip that was not trained on")
+    parser.add_argument("--prompt", help="what shall happen; default: the caption of the clip, or nothing")
+    parser.add_argument("--frames", type=int, default=0, help="frames to write, any number; default: as trained")
+    parser.add_argument("--steps", type=int, nargs="+", help="network passes per chunk; several: one for each chunk, the last "
+                                                             "for all that follow (4 1 is First-Frame Enhancement)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, and of the choice of the clip")
+    parser.add_argument("--fps", type=float, default=8, help="frames a second of the file")
+    parser.add_argument("--zoom", type=int, default=0, help="enlarge pixels; default: to about 256 pixels")
+    parser.add_argument("--out", default="sample.mp4", help="file to write, .mp4 or .gif")
+    args = parser.parse_args(argv)
+    if args.frames < 0 or args.steps and min(args.steps) < 1:
+        raise UsageError("--frames and --steps must be positive")
+
+    net, codec, settings = load_stage(args.weights or newest_stage())
+    if args.image:
+        pixels, caption = read_image(args.image, settings["size"]), ""
+    else:
+        clip = dataset(SimpleNamespace(**settings)).batch([held_out(1, args.seed)[0]])
+        pixels, caption = clip["video"][:, :1], clip["text"][0]
+    caption = caption if args.prompt is None else args.prompt
+    first = codec.encode(pixels)[:, :settings["first"]]
+    text = WordEncoder(settings["text_len"], settings["text_dim"]).encode([caption])
+    noise = torch.Generator().manual_seed(args.seed)
+    randn = lambda frames: torch.randn(1, frames, *first.shape[2:], generator=noise)
+    frames = args.frames or settings["frames"]
+
+    began, chunks, written = time.perf_counter(), [], 0
+    with torch.no_grad(), VideoWriter(args.out, args.fps, args.zoom or max(1, 256 // settings["size"])) as writer:
+        for part in tqdm(stream(net, codec, settings, first, text, randn, frames, args.steps), unit="chunk"):
+            chunks.append((time.perf_counter() - began, len(part)))
+            writer.write(part)
+            written += len(part)
+    start = min(1 if settings["first"] else 0, len(chunks) - 1)
+    rate = sum(n for _, n in chunks[start + 1:]) / max(1e-9, chunks[-1][0] - chunks[start][0])
+    print(f"{args.out}: {written} frames of \"{caption}\"; first chunk after {chunks[start][0]:.3f} s"
+          + (f", then {rate:.1f} frames a second" if len(chunks) > start + 1 else ""))
+
+
+if __name__ == "__main__":
+    with explain():
+        main()

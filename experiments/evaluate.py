@@ -1,0 +1,288 @@
+"""Scores of a trained stage, or of a folder of videos. On the toy world they are exact, since its state is known.
+
+    python experiments/evaluate.py out/toy/stage3                 scores of a stage, written to its metrics.json
+    python experiments/evaluate.py out/toy/stage*                 a table, a row per stage
+    python experiments/evaluate.py DIR --clips 256 --steps 4      more clips, four network passes per chunk
+    python experiments/evaluate.py DIR_OF_VIDEOS                  videos named after held-out toy clips: 0.mp4, 1.gif, ...
+
+The names are VBench's, the definitions are ours: a toy clip can be compared with the truth instead of with a network's taste.
+Scores on 0-100, higher is better; errors are fractions of the object's energy, 0 perfect, 1 as wrong as no object at all.
+Motion is counted between frames in which the object can be found: broken frames do not move.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data import COLOURS, Draws, KINDS, VIDEO_ENDINGS, ToyWorld, WordEncoder, dataset, explain, held_out, read_video, written_whole
+from model import UsageError
+from sample import animate, load_stage
+from train import TrainConfig
+
+BROKEN = 0.25   # a frame with a larger error shows no object
+LAG = 4         # frames over which displacement is measured
+
+
+# ---------------------------------------------------------------- where is the object, and how wrong is the frame?
+
+def templates(world, kind, step=0.25):
+    """Silhouettes of a kind at every position of a grid: (positions (n, 2), coverage (n, H*W), side of the grid)."""
+    ticks = torch.arange(world.radius, world.size - world.radius + 1e-6, step)
+    centres = torch.cartesian_prod(ticks, ticks).flip(1)  # x runs fastest
+    return centres, world.coverage(torch.full((len(centres),), kind), centres).flatten(1), len(ticks)
+
+
+def locate(world, state, video, at_once=512):
+    """The nearest true frame of every frame of `video` (b, f, 3, H, W): error (b, f) and position (b, f, 2) in pixels.
+
+    A true frame is this clip's background with this clip's object anywhere. The error is the squared distance to the
+    nearest one over the energy of the object there."""
+    (b, f), (background, colour) = video.shape[:2], world.layers(state)
+    contrast = colour - background                                                  # (b, 3, H, W)
+    rest = video - background[:, None]
+    match, power = (rest * contrast[:, None]).sum(2), contrast.square().sum(1)      # (b, f, H, W), (b, H, W)
+    position = torch.zeros(b, f, 2)
+    for kind in range(len(KINDS)):
+        rows = (state["kind"] == kind).nonzero()[:, 0]
+        if len(rows) == 0:
+            continue
+        centres, cover, side = templates(world, kind)
+        prior = power[rows].flatten(1) @ cover.square().T                           # (rows, n)
+        for i, frames in enumerate(match[rows].flatten(2)):
+            cost = (prior[i] - 2 * frames @ cover.T).view(f, side, side)            # relative to "no object"
+            position[rows[i]] = refine(cost, centres)
+    cover = world.coverage(state["kind"].repeat_interleave(f), position.flatten(0, 1)).unflatten(0, (b, f))
+    energy = (power[:, None] * cover.square()).sum((2, 3))
+    error = rest.square().sum((2, 3, 4)) - 2 * (match * cover).sum((2, 3)) + energy
+    return (error / energy).clamp_min(0), position
+
+
+def refine(cost, centres):
+    """Sub-grid minimum of costs (f, side, side) [y, x] by a parabola along each axis: (f, 2)."""
+    f, side, _ = cost.shape
+    best = cost.flatten(1).argmin(1)
+    y, x, n = best // side, best % side, torch.arange(f)
+
+    def offset(low, mid, high):
+        bend = low - 2 * mid + high
+        return torch.where(bend > 0, (low - high) / (2 * bend.clamp_min(1e-12)), torch.zeros_like(mid)).clamp(-.5, .5)
+
+    inside = lambda i: (i > 0) & (i < side - 1)
+    dx = offset(cost[n, y, (x - 1).clamp_min(0)], cost[n, y, x], cost[n, y, (x + 1).clamp_max(side - 1)]) * inside(x)
+    dy = offset(cost[n, (y - 1).clamp_min(0), x], cost[n, y, x], cost[n, (y + 1).clamp_max(side - 1), x]) * inside(y)
+    step = float(centres[1, 0] - centres[0, 0])
+    return centres[best] + torch.stack([dx, dy], 1) * step
+
+
+def recognise(world, state, frame):
+    """The kind and colour (b,), (b,) that explain a frame (b, 3, H, W) best, over all kinds, colours and positions."""
+    background, _ = world.layers(state)
+    rest, costs = frame - background, []
+    for kind in range(len(KINDS)):
+        _, cover, _ = templates(world, kind, step=0.5)
+        for colour in world.colours:
+            contrast = colour[:, None, None] - background
+            match, power = (rest * contrast).sum(1).flatten(1), contrast.square().sum(1).flatten(1)
+            costs.append((power @ cover.square().T - 2 * match @ cover.T).amin(1))
+    best = torch.stack(costs, 1).argmin(1)
+    return best // len(COLOURS), best % len(COLOURS)
+
+
+def crops(world, video, position):
+    """The object and what is around it, cut out around `position`: (b, f, 3, k, k)."""
+    k, (b, f) = 2 * int(world.radius) + 3, video.shape[:2]
+    ticks = torch.arange(k) - (k - 1) / 2
+    grid = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1) + position.flatten(0, 1)[:, None, None]
+    cut = F.grid_sample(video.flatten(0, 1), grid * 2 / world.size - 1, align_corners=False, padding_mode="border")
+    return cut.unflatten(0, (b, f))
+
+
+# ---------------------------------------------------------------- scores
+
+def physical_path(world, state, position):
+    """Mean distance in pixels (b,) to the nearest path that the world's physics allows from the same start."""
+    best = torch.full(position.shape[:1], torch.inf)
+    for direction in world.directions:
+        for speed in torch.linspace(0.5 * world.speeds[0], 1.3 * world.speeds[1], 60):
+            path = world.centres({**state, "velocity": (direction * speed).expand(len(position), 2)}, position.shape[1])
+            best = torch.minimum(best, (path - position).norm(dim=-1).mean(1))
+    return best
+
+
+def moved(position, found, lag):
+    """Displacement over `lag` frames (b, f - lag), 0 wherever the object was not found in one of the two."""
+    step = (position[:, lag:] - position[:, :-lag]).norm(dim=-1)
+    return step * (found[:, lag:] & found[:, :-lag])
+
+
+def percent(error):
+    """An error as a score: 100 for none, 0 for 1 and more."""
+    return 100 * (1 - error.clamp(0, 1)).mean().item()
+
+
+def exact_scores(world, state, video, first=1, chunk=3):
+    """All scores of toy clips (b, f, 3, H, W) whose states are known; the first `first` frames are given, not judged."""
+    error, position = locate(world, state, video)
+    truth = world.centres(state, video.shape[1])
+    found, always = error < BROKEN, torch.ones_like(error, dtype=torch.bool)
+    background, colour = world.layers(state)
+    silhouette = world.coverage(state["kind"], torch.full((len(video), 2), world.size / 2))
+    middle, half = world.size // 2, int(world.radius) + 1
+    silhouette = silhouette[:, None, None, middle - half - 1:middle + half, middle - half - 1:middle + half]
+    contrast = (colour - background).square().mean((1, 2, 3))[:, None]
+    cut = crops(world, video, position)
+    weight = silhouette[..., :cut.shape[-2], :cut.shape[-1]]
+    differ = lambda a, b: ((a - b).square() * weight).sum((2, 3, 4)) / (weight.sum((2, 3, 4)) * 3 * contrast)
+    cover = world.coverage(state["kind"].repeat_interleave(video.shape[1]), position.flatten(0, 1)).view(*error.shape, 1, *video.shape[3:])
+    bare = (F.max_pool2d(cover.flatten(0, 1), 3, 1, 1).view_as(cover) < 0.01).float()
+    differ_bg = lambda a, b: ((a - b).square() * bare).sum((2, 3, 4)) / (bare.sum((2, 3, 4)) * 3 * contrast)
+    kind, tint = recognise(world, state, video[:, -1])
+    heading = ((position[:, 3] - position[:, 0]) @ world.directions.T).argmax(1)
+    agree = (kind == state["kind"]) & (tint == state["colour"]) & (heading == state["direction"]) & found[:, -1]
+    made = slice(first, None)
+    jitter = lambda p: (p[:, 2:] - 2 * p[:, 1:-1] + p[:, :-2]).norm(dim=-1).mean().item()
+    return {
+        "quality_error": error[:, made].mean().item(),
+        "first_error": error[:, first:first + chunk].mean().item(),
+        "last_error": error[:, -chunk:].mean().item(),
+        "error_growth": (error[:, -chunk:] - error[:, first:first + chunk]).mean().item(),
+        "bad_clips": (error[:, made].mean(1) > 0.1).float().mean().item(),
+        "dynamic_degree": moved(position, found, 1).mean().item() / moved(truth, always, 1).mean().item(),
+        "displacement": moved(position, found, LAG).mean().item() / moved(truth, always, LAG).mean().item(),
+        "jitter": jitter(position),
+        "path_px": physical_path(world, state, position).mean().item(),
+        "caption_agreement": agree.float().mean().item(),
+        "imaging_quality": percent(error[:, made]),
+        "motion_smoothness": percent((position[:, 2:] - 2 * position[:, 1:-1] + position[:, :-2]).norm(dim=-1) / world.radius),
+        "subject_consistency": percent(differ(cut[:, made], cut[:, made].mean(1, keepdim=True))),
+        "background_consistency": percent(differ_bg(video, video[:, made].median(1, keepdim=True).values)[:, made]),
+        "i2v_subject": percent(differ(cut, cut[:, :1])[:, made]),
+        "i2v_background": percent(differ_bg(video, background[:, None])[:, made]),
+    }
+
+
+def drift(quality, segments=8):
+    """Standard deviation of imaging quality over temporal segments of a long rollout, averaged over videos (paper, sec. 5).
+
+    quality: (b, f), 0-100."""
+    parts = torch.stack([part.mean(1) for part in quality.chunk(segments, 1)], 1)
+    return parts.std(1, unbiased=False).mean().item()
+
+
+def general_scores(video, real, first=1):
+    """Scores that need no knowledge of the scene, for clips (b, f, 3, H, W) against real ones of the same first frames."""
+    low = lambda v: F.avg_pool2d(v.flatten(0, 1), 4).unflatten(0, v.shape[:2]).flatten(2)
+    centre = lambda v: v - v.mean(2, keepdim=True)
+    lag = min(LAG, video.shape[1] - 1)
+    change = lambda v: (v[:, lag:] - v[:, :-lag]).abs().mean().item()
+    bend = (video[:, 2:] - 2 * video[:, 1:-1] + video[:, :-2]).abs().mean() / 2
+    return {"i2v_fidelity": 100 * F.cosine_similarity(centre(low(video)), centre(low(video[:, :1])), dim=2)[:, first:].mean().item(),
+            "dynamic_degree": change(video) / max(change(real), 1e-9),
+            "motion_smoothness": 100 * (1 - bend.clamp(max=1)).item()}
+
+
+def sharpness(video):
+    """Edge energy of every frame relative to the clip's first: (b, f), 100 = as sharp as the image."""
+    edges = (video[..., 1:] - video[..., :-1]).square().mean((2, 3, 4)) + (video[..., 1:, :] - video[..., :-1, :]).square().mean((2, 3, 4))
+    return 100 * (edges / edges[:, :1].clamp_min(1e-9)).clamp(max=2)
+
+
+# ---------------------------------------------------------------- of a stage, of a folder
+
+@torch.no_grad()
+def make(net, codec, settings, clips, frames, steps, at_once=64):
+    """Held-out clips animated by a stage: (videos (b, f, 3, H, W), raw batches)."""
+    cfg = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k != "where"})
+    data, words, made, raws = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim), [], []
+    clips = list(clips)
+    for i in range(0, len(clips), at_once):
+        part = clips[i:i + at_once]
+        raw, draws = data.batch(part), Draws(part, "evaluate")
+        x0 = codec.encode(raw["video"])
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings["dtype"] == "bfloat16"):
+            x = animate(net, settings, x0[:, :cfg.first], words.encode(raw["text"]), lambda n: draws.randn(n, *x0.shape[2:]), frames, steps)
+        made.append(codec.decode(x))
+        raws.append(raw)
+    return torch.cat(made), raws, data
+
+
+def stage_scores(folder, number=256, steps=None, long=True):
+    """Scores of a stage's EMA weights on `number` held-out clips, and drift on a quarter of them, 4 times as long."""
+    net, codec, settings = load_stage(folder)
+    clips, frames, chunk = held_out(number), settings["frames"], settings["chunk"]
+    video, raws, data = make(net, codec, settings, clips, frames, steps)
+    toy = isinstance(data, ToyWorld)
+    scores = {"stage": settings["stage"], "clips": number, "steps": steps or settings["student_steps"]}
+    if toy:
+        state = {k: torch.cat([raw["state"][k] for raw in raws]) for k in raws[0]["state"]}
+        scores |= exact_scores(data, state, video, settings["first"], chunk)
+    else:
+        scores |= general_scores(video, torch.cat([raw["video"] for raw in raws]), settings["first"])
+    if long and settings["stage"]:
+        few = max(1, number // 4)
+        video, raws, _ = make(net, codec, settings, clips[:few], settings["first"] + 4 * (frames - settings["first"]), steps)
+        if toy:
+            error, _ = locate(data, {k: v[:few] for k, v in state.items()}, video)
+            quality = 100 * (1 - error.clamp(0, 1))
+        else:
+            quality = sharpness(video)
+        scores["drift"] = drift(quality[:, settings["first"]:])
+        scores["long_quality"] = quality[:, settings["first"]:].mean().item()
+    return scores
+
+
+def folder_scores(folder, size=32):
+    """Scores of video files named by the number of the held-out toy clip that they continue: 0.mp4, 17.gif, ..."""
+    paths = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in VIDEO_ENDINGS and p.stem.isdigit())
+    if not paths:
+        raise UsageError(f"{folder} holds neither a finished stage nor videos named by clip number (0.mp4, 1.mp4, ...)")
+    videos = [read_video(p, size) for p in paths]
+    frames = min(len(v) for v in videos)
+    world = ToyWorld(size, frames)
+    state = world.state([held_out(1)[0] + int(p.stem) for p in paths])
+    return {"stage": Path(folder).name, "clips": len(paths), **exact_scores(world, state, torch.stack([v[:frames] for v in videos]).float() / 127.5 - 1)}
+
+
+COLUMNS = {"stage": "stage", "steps": "steps", "quality_error": "error", "last_error": "last", "error_growth": "growth",
+           "drift": "drift", "dynamic_degree": "dynamic", "displacement": "displ.", "jitter": "jitter", "path_px": "path px",
+           "caption_agreement": "caption", "subject_consistency": "subject", "background_consistency": "backgr.",
+           "i2v_subject": "i2v subj.", "i2v_background": "i2v backgr.", "motion_smoothness": "smooth",
+           "imaging_quality": "imaging", "i2v_fidelity": "i2v"}
+
+
+def table(rows):
+    """Scores as a Markdown table, with the columns that at least one row has."""
+    names = [name for name in COLUMNS if any(name in row for row in rows)]
+    cell = lambda v: "" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v)
+    lines = ["| " + " | ".join(COLUMNS[n] for n in names) + " |", "|" + "---|" * len(names)]
+    return "\n".join(lines + ["| " + " | ".join(cell(row.get(n)) for n in names) + " |" for row in rows])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", help="stages of a run, or folders of videos")
+    parser.add_argument("--clips", type=int, default=256, help="held-out clips")
+    parser.add_argument("--steps", type=int, help="network passes per chunk; default: as trained")
+    parser.add_argument("--no-long", action="store_true", help="leave out the 4 times longer rollout, and with it drift")
+    args = parser.parse_args(argv)
+    rows = []
+    for folder in args.folders:
+        if not Path(folder).is_dir():
+            raise UsageError(f"{folder} is not a folder: name a stage such as out/toy/stage3, or a folder of videos")
+        if (Path(folder) / "config.json").is_file():
+            rows.append(stage_scores(folder, args.clips, args.steps, not args.no_long))
+            with written_whole(Path(folder) / "metrics.json") as temporary:
+                temporary.write_text(json.dumps(rows[-1], indent=1))
+        else:
+            rows.append(folder_scores(folder))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    with explain():
+        main()
