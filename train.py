@@ -75,6 +75,7 @@ class TrainConfig(Config):
     ema: float = 0.98               # decay of the running average of the weights
     max_bad_steps: int = 10         # non-finite steps in a row before giving up
     save_every: int = 200           # steps between saved states; 0: only at the end
+    eval_clips: int = 64            # held-out clips behind metrics.json
     samples: int = 8                # clips in samples.png and samples.gif
     # stage 0: the teacher
     text_drop: float = 0.1          # share of captions dropped, for guidance
@@ -186,6 +187,11 @@ def check(cfg):
         raise UsageError(f"--ode-steps {cfg.ode_steps} is no multiple of --levels {cfg.levels}")
 
 
+def stage_folder(cfg):
+    """Where a stage leaves its results."""
+    return Path(cfg.out) / f"stage{cfg.stage}{cfg.tag}"
+
+
 # ---------------------------------------------------------------- many devices
 
 def world():
@@ -250,7 +256,7 @@ class Run:
         if cfg.batch_size % self.world:
             raise UsageError(f"--batch-size {cfg.batch_size} does not divide over {self.world} processes")
         self.device = torch.device(cfg.device)
-        self.dir = Path(cfg.out) / f"stage{cfg.stage}{cfg.tag}"
+        self.dir = stage_folder(cfg)
         self.data, self.words = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim)
         self.nets, self.opts = {}, {}
         torch.manual_seed(cfg.seed)
@@ -619,43 +625,109 @@ class EarlyStop:
         return ""
 
 
-def train(cfg):
-    """One stage from its beginning, or from where it was interrupted, to its end."""
-    run, began = Run(cfg), time.time()
-    settings = run.dir / "config.json"
-    if run.rank == 0:
-        run.dir.mkdir(parents=True, exist_ok=True)
-        with written_whole(settings) as temporary:
-            temporary.write_text(json.dumps(asdict(cfg), indent=1))
-    prepare(run)
-    if cfg.resume and (run.dir / "state").is_dir():
-        load_state(run)
-    stop = EarlyStop(cfg.stop_motion if cfg.stage == 2 else 0.0)
+def begin(cfg, folder, fresh):
+    """Decide on a stage's folder: True if there is something to train, False if it is finished and kept."""
+    before = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else None
+    if fresh or not cfg.resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    elif before:
+        free = ("resume", "device", "micro_batch", "max_bad_steps", "save_every", "samples", "eval_clips")
+        for name, value in json.loads(json.dumps(asdict(cfg))).items():
+            if name not in free and before.get(name) != value:
+                raise UsageError(f"{folder} was trained with {name} {before.get(name)}, now it is {value}: choose another --out or "
+                                 "--tag to keep it, or --no-resume to train it again")
+        if (folder / "metrics.json").is_file():
+            print(f"stage {cfg.stage} is finished and kept: {folder} (--no-resume trains it again)")
+            return False
+    folder.mkdir(parents=True, exist_ok=True)
+    with written_whole(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(asdict(cfg), indent=1))
+    return True
+
+
+def loop(run):
+    """The training loop of every stage; returns at the last step or at the early stop."""
+    cfg, stop = run.cfg, EarlyStop(run.cfg.stop_motion if run.cfg.stage == 2 else 0.0)
+    lines = (run.dir / "log.jsonl").read_text().splitlines()[:run.step] if run.step else []
+    for line in lines:
+        stop(json.loads(line))
     bar = tqdm(total=cfg.iters, initial=run.step, desc=run.dir.name, disable=run.rank > 0, mininterval=1.0)
-    with open(run.dir / "log.jsonl", "a") as log_file:
+    with open(run.dir / "log.jsonl", "w") if run.rank == 0 else contextlib.nullcontext() as file:
+        for line in lines if run.rank == 0 else []:
+            file.write(line + "\n")
         while run.step < cfg.iters:
             log = STEPS[cfg.stage](run)
             run.step += 1
             bar.update()
             if run.rank == 0:
                 bar.set_postfix({k: f"{v:.3g}" for k, v in log.items()}, refresh=False)
-                log_file.write(json.dumps({"step": run.step, **log}) + "\n")
+                file.write(json.dumps({"step": run.step, **log}) + "\n")
+                file.flush()
             if cfg.save_every and run.step % cfg.save_every == 0:
                 save_state(run)
             if reason := stop(log):
-                tqdm.write(f"stage {cfg.stage} stops early at step {run.step}: {reason}")
+                bar.write(f"stage {cfg.stage} stops early at step {run.step}: {reason}")
                 break
     bar.close()
+
+
+def train(cfg, fresh=False):
+    """One stage from its beginning, or from where it was interrupted, to its end. Returns whether it was trained."""
+    folder, (rank, _) = stage_folder(cfg), world()
+    go = [begin(cfg, folder, fresh) if rank == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(go)
+    if not go[0]:
+        return False
+    began, run = time.time(), Run(cfg)
+    prepare(run)
+    if (folder / "state").is_dir():
+        load_state(run)
+        print(f"stage {cfg.stage} goes on at step {run.step}")
+    loop(run)
+    save_state(run)
     export(run)
     show(run)
-    print(f"stage {cfg.stage}: {run.step} steps in {(time.time() - began) / 60:.1f} minutes; pictures in {run.dir}/samples.png and .gif")
+    del run
+    gc.collect()
+    if rank == 0:
+        score(cfg, folder, (time.time() - began) / 60)
+    return True
+
+
+def score(cfg, folder, minutes):
+    """metrics.json: experiments/evaluate.py on held-out clips, in a process of its own."""
+    script = Path(__file__).resolve().parent / "experiments" / "evaluate.py"
+    print(f"stage {cfg.stage}: {minutes:.1f} minutes; pictures in {folder}/samples.gif and samples.png; scores:", flush=True)
+    subprocess.run([sys.executable, script, folder, "--clips", str(cfg.eval_clips)], check=True)
+    scores = json.loads((folder / "metrics.json").read_text())
+    with written_whole(folder / "metrics.json") as temporary:
+        temporary.write_text(json.dumps({**scores, "minutes": minutes}, indent=1))
+
+
+def table(out):
+    """The end of the recipe: one row per stage."""
+    columns = {"quality_error": "error", "last_error": "last chunk", "drift": "drift", "dynamic_degree": "dynamic", "displacement":
+               "displacement", "jitter": "jitter px", "caption_agreement": "caption", "i2v_fidelity": "i2v", "minutes": "minutes"}
+    rows = {p.parent.name: json.loads(p.read_text()) for p in sorted(Path(out).glob("stage[0-3]/metrics.json"))}
+    names = [n for n in columns if any(n in row for row in rows.values())]
+    print("\n" + "stage".ljust(8) + "".join(columns[n].rjust(14) for n in names))
+    for stage, row in rows.items():
+        print(stage.ljust(8) + "".join((f"{row[n]:.3f}" if n in row else "").rjust(14) for n in names))
+    print(f"\nPictures: {out}/stage*/samples.gif (upper half real clips, lower half the stage's, from the same first frames)")
 
 
 def main(argv=None):
     given = parse(argv)
     with explain(), processes():
-        for stage in range(4) if given.get("stage", -1) == -1 else [given["stage"]]:
-            train(settle(given, stage))
+        if given.get("stage", -1) != -1:
+            train(settle(given, given["stage"]))
+            return
+        fresh = False  # whatever stood on a stage that is trained anew is trained anew
+        for cfg in [settle(given, stage) for stage in range(4)]:
+            fresh = train(cfg, fresh) or fresh
+        if world()[0] == 0:
+            table(cfg.out)
 
 
 if __name__ == "__main__":
