@@ -45,14 +45,14 @@ def guide(cond, uncond, scale):
 
 
 def frame_mean(values, t):
-    """Mean of values (b, f, ...) over all frames that are not given (t > 0)."""
-    return values.flatten(2).mean(2)[t > 0].mean()
+    """Mean of values (b, f, ...) in which given frames (t = 0) count as zero: linear, so that parts of a batch add up."""
+    return (values.flatten(2).mean(2) * (t > 0)).mean()
 
 
 # ---------------------------------------------------------------- stage 0 and the fake score
 
 def flow_matching_loss(velocity, x0, eps, t):
-    """|| velocity(x_t, t) - (eps - x0) ||^2, the mean over frames with t > 0 (flow matching, 2210.02747).
+    """|| velocity(x_t, t) - (eps - x0) ||^2, given frames count as zero (flow matching, 2210.02747).
 
     velocity: callable (x_t, t) -> flow. Trains the teacher on real clips (stage 0)."""
     return frame_mean((velocity(add_noise(x0, eps, t), t) - (eps - x0)).square(), t)

@@ -1,0 +1,382 @@
+"""Every test.
+
+    pytest -q            the default suite, a few minutes on two cores
+    pytest -q -m slow    a shortened recipe, end to end
+
+Reference vectors lie in goldens/. Everything runs on CPU, in float32 unless a test says otherwise.
+"""
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import imageio.v2 as iio
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import data
+import losses as L
+import model as M
+import sample
+import train
+from discriminator import Discriminator
+from experiments import evaluate
+
+HERE = Path(__file__).resolve().parent
+TOLERANCE = 5e-6  # relative; the floor of the reference itself is 3e-7
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def swap(x):
+    """Reference layout (b, c, f, h, w) <-> ours (b, f, c, h, w)."""
+    return x.transpose(1, 2)
+
+
+def tiny(**options):
+    """A small config whose frames are 8x8 latents."""
+    return M.Config(**{**dict(dim=32, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=8, text_len=4,
+                              freq_dim=16, frames=7, window=6), **options})
+
+
+def network(cfg, seed=0):
+    """A network with random weights everywhere, the output layer included."""
+    torch.manual_seed(seed)
+    net = M.build(cfg).init_weights()
+    torch.nn.init.normal_(net.head.head.weight, std=0.05)
+    return net.eval()
+
+
+def inputs(cfg, b=2, f=None, side=4, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    f = f or cfg.frames
+    return (torch.randn(b, f, cfg.in_dim, side, side, generator=g), torch.rand(b, f, generator=g),
+            torch.randn(b, cfg.text_len, cfg.text_dim, generator=g))
+
+
+# ---------------------------------------------------------------- reference vectors
+
+@pytest.fixture(scope="module")
+def golden():
+    """(network with the reference weights, the bidirectional file's tensors)"""
+    path = HERE / "goldens" / "wan_bidir_A.safetensors"
+    tensors, c = load_file(path), json.loads(safe_open(path, "pt").metadata()["config"])
+    cfg = M.Config(precondition=False, **{k: c[k] for k in ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim",
+                                                            "freq_dim", "text_dim", "text_len", "eps")})
+    net = M.build(cfg)
+    net.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("w.")}, strict=True)
+    return net.eval(), tensors
+
+
+@torch.no_grad()
+def test_golden_bidirectional(golden):
+    net, g = golden
+    x = swap(g["x"])
+    y = swap(net(x, (g["t"].double() / 1000)[:, None].expand(-1, x.shape[1]), g["context"]))
+    assert relative(y, g["y"]) < TOLERANCE and relative(y, g["y64"]) < TOLERANCE
+
+
+@torch.no_grad()
+def test_golden_cached(golden):
+    net, _ = golden
+    g, cache = load_file(HERE / "goldens" / "wan_causal_full_A.safetensors"), M.KVCache(sink=0, window=None)
+    for i in range(4):
+        for s in range(2):
+            if f"chunk{i}.noisy{s}" in g:
+                flow = net(swap(g[f"chunk{i}.noisy{s}"]), g[f"chunk{i}.t{s}"].double() / 1000, g["context"], cache=cache)
+                assert relative(swap(flow), g[f"chunk{i}.flow{s}"]) < TOLERANCE
+        flow = net(swap(g[f"chunk{i}.clean"]), torch.zeros(2, 3), g["context"], cache=cache)
+        assert relative(swap(flow), g[f"chunk{i}.flow_ctx"]) < TOLERANCE
+        cache.commit()
+
+
+@torch.no_grad()
+def test_golden_training_passes(golden):
+    net, _ = golden
+    g = load_file(HERE / "goldens" / "wan_causal_train_A.safetensors")
+    noisy, clean, t = swap(g["noisy"]), swap(g["clean"]), g["t"].double() / 1000
+    for name, chunk in (("flow_tf", 3), ("flow_tf_chunk1", 1)):
+        flow = net(torch.cat([clean, noisy], 1), torch.cat([0 * t, t], 1), g["context"],
+                   mask=M.teacher_forcing_mask(12, 0, chunk), positions=[*range(12), *range(12)])[:, 12:]
+        assert relative(swap(flow), g[name]) < TOLERANCE, name
+    for name, f, mask in (("flow_df", 12, M.block_causal_mask(12, 0, 3)), ("flow_df_chunk1", 12, M.block_causal_mask(12, 0, 1)),
+                          ("flow_df_local7", 12, M.block_causal_mask(12, 0, 3, 7)), ("flow_df_local6", 12, M.block_causal_mask(12, 0, 3, 6)),
+                          ("flow_df_indep_first", 7, M.block_causal_mask(7, 1, 3))):
+        flow = net(noisy[:, :f], t[:, :f], g["context"], mask=mask)
+        assert relative(swap(flow), g[name]) < TOLERANCE, name
+
+
+def test_golden_schedule():
+    g = load_file(HERE / "goldens" / "scheduler_shift5.safetensors")
+    table = torch.arange(1000, 0, -1, dtype=torch.float64) / 1000
+    for name, shift in (("sigmas", 5.0), ("sigmas_shift3", 3.0), ("sigmas_shift8", 8.0)):
+        assert relative(L.shift_time(table, shift), g[name]) < TOLERANCE
+    assert sample.schedule(4, 5.0) == pytest.approx((g["warped_step_list"].double() / 1000).tolist(), rel=1e-6)
+    assert sample.schedule(50, 5.0) == pytest.approx(g["sigmas_50"].tolist(), rel=1e-5)
+    x0, eps, sigma = g["x0"][:, None], g["noise"][:, None], g["sigma_at_t"][:, None]
+    assert relative(L.add_noise(x0, eps, sigma), g["xt"][:, None]) < TOLERANCE
+    assert relative(eps - x0, g["target"][:, None]) < TOLERANCE
+    assert relative(L.x0_from_flow(g["xt"][:, None], g["flow_pred"][:, None], sigma), g["x0_from_flow"][:, None]) < TOLERANCE
+    assert relative(L.flow_from_x0(g["xt"][:, None], x0, sigma), g["flow_from_x0"][:, None]) < 1e-4  # their division by 0.005
+    step = g["xt"][:5] + (g["step_next_sigma"] - g["sigma_at_t"][:5]).view(-1, 1, 1, 1) * g["flow_pred"][:5]
+    assert relative(step, g["step_prev"]) < TOLERANCE
+
+
+def test_difference_exact_sigma():
+    """On purpose: we use t itself, the reference the nearest entry of a table of 1,000 (0 is not in it)."""
+    g = load_file(HERE / "goldens" / "scheduler_shift5.safetensors")
+    x0, eps = torch.ones(1, 1, 1, 2, 2), torch.zeros(1, 1, 1, 2, 2)
+    assert torch.equal(L.add_noise(x0, eps, torch.zeros(1, 1)), x0)
+    assert g["sigmas"].min() > 0.004
+
+
+def test_golden_dmd():
+    g = load_file(HERE / "goldens" / "dmd_loss.safetensors")
+    real = L.guide(g["x0_real_cond"], g["x0_real_uncond"], 4.0)  # the reference's scale 3 counts from the conditional
+    for suffix, fake in (("", g["x0_fake_cond"]), ("_fakecfg", L.guide(g["x0_fake_cond"], g["x0_fake_uncond"], 2.5))):
+        grad = L.dmd_gradient(g["x"], real, fake)
+        assert relative(grad, g[f"grad{suffix}"]) < TOLERANCE
+        for end, mask in (("", None), ("_masked", g["gradient_mask"].bool())):
+            x = g["x"].clone().requires_grad_()
+            frames = None if mask is None else mask.flatten(2)[..., 0]
+            loss = L.dmd_loss(x, grad, frames)
+            loss.backward()
+            if f"loss{suffix}{end}" in g:
+                assert relative(loss, g[f"loss{suffix}{end}"]) < TOLERANCE
+            assert relative(x.grad, g[f"dloss_dx{suffix}{end}"]) < TOLERANCE
+    t = g["t_used"] / 1000
+    assert relative(L.student_levels(g["t_raw"].double() / 1000, 5.0), t) < 2e-3  # they round to a table
+    loss = L.fake_score_loss(lambda x_t, t: g["critic_flow_pred"], g["x"], g["critic_noise"], torch.ones(2, 6))
+    assert relative(loss, g["critic_loss"]) < TOLERANCE
+
+
+# ---------------------------------------------------------------- the network
+
+@pytest.mark.parametrize("preset, keys", [("wan-1.3b", 825), ("wan-14b", 1095)])
+def test_official_names(preset, keys):
+    with torch.device("meta"):
+        net = M.build(M.Config(**M.PRESETS[preset]))
+    names = {k: tuple(v.shape) for k, v in net.state_dict().items()}
+    d = net.cfg.dim
+    assert len(names) == keys == 27 * net.cfg.num_layers + 15
+    assert names["patch_embedding.weight"] == (d, 16, 1, 2, 2) and names["head.modulation"] == (1, 2, d)
+    assert names["blocks.0.self_attn.norm_q.weight"] == (d,) and names["blocks.7.modulation"] == (1, 6, d)
+    assert names["blocks.3.ffn.0.weight"] == (net.cfg.ffn_dim, d) and names["text_embedding.0.weight"] == (d, 4096)
+
+
+def test_masks():
+    mask = M.block_causal_mask(7, 1, 3)
+    assert mask[0].tolist() == [True] + [False] * 6 and mask[2].tolist() == [True] * 4 + [False] * 3 and mask[6].all()
+    assert M.block_causal_mask(7, 1, 3, window=4)[6].tolist() == [False] * 3 + [True] * 4
+    for bad in (dict(frames=8, first=1, chunk=3), dict(frames=2, first=1, chunk=3)):
+        with pytest.raises(M.UsageError, match="--frames"):
+            M.chunk_bounds(**bad)
+
+
+def test_attention_backends_agree():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 24, 2, 8).unbind(0)  # (b, l, heads, d)
+    full = M.attention(q, k, v)
+    half = M.attention(q.bfloat16(), k.bfloat16(), v.bfloat16())  # the explicit product on CPU
+    assert relative(half, full) < 1e-2
+    frames = lambda x: x.unflatten(1, (6, 4))
+    mask = M.block_causal_mask(6, 0, 2)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask.repeat_interleave(4, 0).repeat_interleave(4, 1))
+    ours = M.framewise_attention(frames(q), frames(k), frames(v), M.visibility(mask))
+    assert relative(ours.flatten(1, 2), dense.transpose(1, 2).flatten(2)) < 1e-6
+
+
+@torch.no_grad()
+def test_cached_rollout_equals_masked_pass():
+    """With clean context a cached rollout is the teacher-forced full pass, for as long as nothing is evicted."""
+    cfg = tiny(precondition=True)
+    net, (x, t, text), cache = network(cfg), inputs(cfg), M.KVCache(1, None)
+    clean = torch.randn_like(x)
+    full = net(torch.cat([clean, x], 1), torch.cat([0 * t, t], 1), text, mask=M.teacher_forcing_mask(7, 1, 3),
+               positions=[*range(7), *range(7)])[:, 7:]
+    for a, b in M.chunk_bounds(7, 1, 3):
+        assert relative(net(x[:, a:b], t[:, a:b], text, cache=cache), full[:, a:b]) < 1e-5
+        net(clean[:, a:b], 0 * t[:, a:b], text, cache=cache)
+        cache.commit()
+
+
+def dense_stream(net, chunks, times, text, sink, window, relative_positions=True):
+    """A stream by a reference that keeps every key of every layer for ever, and chooses what may be seen frame by frame."""
+    cfg, history, outputs = net.cfg, [[] for _ in net.blocks], []
+    done = 0
+
+    def patched(x, t, past_frames):
+        positions = past_frames + list(range(done, done + x.shape[1]))
+        if relative_positions:
+            positions = list(range(len(positions)))
+        cache = M.KVCache(0, None)
+        cache.positions = lambda f: (positions[-f:], positions)
+        if past_frames:
+            cache.past = [tuple(torch.cat([pair[j] for i, pair in enumerate(layer) if i in past_frames], 1) for j in (0, 1))
+                          for layer in history]
+        return net(x, t, text, cache=cache), cache.present
+
+    for x, t in zip(chunks, times):
+        past = [i for i in range(done) if i < sink or i >= done - window]
+        flow, _ = patched(x, t, past)
+        outputs.append(flow)
+        _, present = patched(x, 0 * t, past)  # here the "clean" frames are the chunk itself
+        for layer, (k, v) in zip(history, present):
+            layer += [(k[:, j:j + 1], v[:, j:j + 1]) for j in range(x.shape[1])]
+        done += x.shape[1]
+    return outputs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sink, window, relative_positions", [(1, 4, True), (0, 3, True), (2, 5, False), (1, 3, False)])
+def test_eviction_equals_dense_reference(sink, window, relative_positions):
+    cfg = tiny()
+    net, cache = network(cfg), M.KVCache(sink, window, relative_positions)
+    x, t, text = inputs(cfg, f=13)
+    chunks, times = [x[:, :1], *x[:, 1:].split(3, 1)], [t[:, :1], *t[:, 1:].split(3, 1)]
+    reference = dense_stream(net, chunks, times, text, sink, window, relative_positions)
+    for x, t, expected in zip(chunks, times, reference):
+        assert relative(net(x, t, text, cache=cache), expected) < 1e-5
+        net(x, 0 * t, text, cache=cache)
+        cache.commit()
+    assert len(cache.kept) == sink + window and cache.kept[:sink] == list(range(sink)) and cache.kept[-1] == 12
+
+
+@torch.no_grad()
+def test_stream_memory_is_constant_and_positions_bounded():
+    cfg = tiny(sink=1, window=4)
+    net, (x, t, text), cache = network(cfg), inputs(cfg, f=3), M.KVCache(1, 4)
+    sizes = []
+    for _ in range(8):
+        net(x, t, text, cache=cache)
+        assert max(cache.positions(3)[1]) <= 7
+        cache.commit()
+        sizes.append(sum(k.numel() + v.numel() for k, v in cache.past))
+    assert len(set(sizes[2:])) == 1
+
+
+@torch.no_grad()
+def test_later_pass_replaces_the_chunks_entries():
+    cfg = tiny()
+    net, (x, t, text) = network(cfg), inputs(cfg, f=6)
+    def run(passes):
+        cache = M.KVCache(1, None)
+        for level in passes:
+            net(x[:, :3], torch.full((2, 3), level), text, cache=cache)
+        cache.commit()
+        return net(x[:, 3:], t[:, 3:], text, cache=cache)
+    assert torch.equal(run([1.0, 0.5, 0.0]), run([0.0]))
+    assert not torch.equal(run([0.5]), run([0.0]))
+
+
+@torch.no_grad()
+def test_preconditioning_predicts_minus_x0_at_pure_noise():
+    """With F = 0 the flow at t = 1 is the noise itself, and the optimal linear guess everywhere."""
+    net = M.build(tiny(precondition=True)).init_weights()  # zero output layer
+    x, t, text = inputs(net.cfg)
+    assert torch.allclose(net(x, torch.ones_like(t), text), x, atol=1e-6)
+    assert torch.allclose(net(x, torch.zeros_like(t), text), -x, atol=1e-6)
+    torch.manual_seed(0)
+    x0, eps = torch.randn(2, 4096)
+    for s in (0.2, 0.5, 0.9):
+        x_t, power = (1 - s) * x0 + s * eps, (1 - s) ** 2 + s ** 2
+        target = ((eps - x0) - (2 * s - 1) / power * x_t) * power ** 0.5
+        assert target.var().item() == pytest.approx(1.0, abs=0.06) and abs((target * x_t).mean().item()) < 0.05
+
+
+def test_misuse_of_the_network_is_explained():
+    net, (x, t, text) = network(tiny()), inputs(tiny())
+    with pytest.raises(ValueError, match="patches"):
+        net(x[..., :3], t, text)
+    with pytest.raises(ValueError, match="tokens"):
+        net(x, t, text.repeat(1, 2, 1))
+    with pytest.raises(M.UsageError, match="lacks .*head.modulation"):
+        M.load_into(net, {k: v for k, v in net.state_dict().items() if k != "head.modulation"}, "here")
+
+
+# ---------------------------------------------------------------- the discriminator
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("framewise", [False, True])
+def test_discriminator_sees_what_it_should(causal, framewise):
+    cfg = tiny()
+    torch.manual_seed(0)
+    disc = Discriminator(network(cfg), [0, 1], causal, framewise, queries=2)
+    torch.nn.init.normal_(disc.out.weight)
+    x, t, text = inputs(cfg)
+    x.requires_grad_()
+    logits = disc(x, t, text)
+    assert logits.shape == ((2, 7) if framewise else (2,))
+    seen, = torch.autograd.grad((logits[0, 2] if framewise else logits[0]), x)
+    frames = seen[0].abs().sum((1, 2, 3)) > 0
+    if framewise and causal:
+        assert frames.tolist() == [True] * 4 + [False] * 3  # frame 2 lies in the chunk 1..3
+    else:
+        assert frames.all()
+    assert seen[1].abs().sum() == 0
+
+
+# ---------------------------------------------------------------- the losses
+
+def test_conversions_are_inverse():
+    torch.manual_seed(0)
+    x0, eps, t = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2), torch.tensor([[0.0, 0.3, 1.0], [0.7, 0.0, 0.01]])
+    x_t = L.add_noise(x0, eps, t)
+    assert torch.equal(x_t[0, 0], x0[0, 0])
+    assert torch.allclose(L.x0_from_flow(x_t, eps - x0, t), x0, atol=1e-6)
+    moving = t > 0
+    assert torch.allclose(L.flow_from_x0(x_t, x0, t)[moving], (eps - x0)[moving], atol=1e-4)
+
+
+def test_losses_ignore_given_frames_and_add_up_over_shards():
+    torch.manual_seed(0)
+    x0, eps, t = torch.randn(4, 3, 2, 2, 2), torch.randn(4, 3, 2, 2, 2), torch.rand(4, 3)
+    t[:, 0] = 0
+    t[0, 1] = 0
+    wrong = lambda x, t: torch.full_like(x, 0.1)
+    whole = L.flow_matching_loss(wrong, x0, eps, t)
+    halves = [L.flow_matching_loss(wrong, x0[i:i + 2], eps[i:i + 2], t[i:i + 2]) for i in (0, 2)]
+    assert whole.item() == pytest.approx(sum(halves).item() / 2, rel=1e-6)
+    eps[:, 0] += 100
+    assert torch.equal(whole, L.flow_matching_loss(wrong, x0, eps, t))
+    assert L.flow_matching_loss(lambda x, t: eps - x0, x0, eps, t) == 0
+    assert L.ode_regression_loss(lambda x, t: eps - x0, L.add_noise(x0, eps, t), x0, t).item() < 1e-12
+
+
+def test_dmd_moves_the_clip_towards_the_teacher():
+    torch.manual_seed(0)
+    x, x0_real = torch.randn(2, 3, 4, 2, 2, requires_grad=True), torch.randn(2, 3, 4, 2, 2)
+    L.dmd_loss(x, L.dmd_gradient(x.detach(), x0_real, x.detach())).backward()
+    assert ((x - x.grad - x0_real).norm() < (x - x0_real).norm()).item()
+    assert L.dmd_gradient(x, x, x).abs().max() == 0  # 0/0 is no news
+
+
+@pytest.mark.parametrize("name", L.GAN_LOSSES)
+def test_gan_losses_pull_the_right_way(name):
+    d_loss, g_loss = L.GAN_LOSSES[name]
+    real, fake = torch.zeros(4, requires_grad=True), torch.zeros(4, requires_grad=True)
+    d_loss(real, fake).backward()
+    assert (real.grad < 0).all() and (fake.grad > 0).all()
+    fake.grad = None
+    g_loss(real.detach(), fake).backward()
+    assert (fake.grad < 0).all()
+
+
+def test_approximate_r_is_sigma_squared_times_the_gradient_penalty():
+    torch.manual_seed(0)
+    w, x, sigma = torch.randn(50), torch.randn(20000, 50), 0.05
+    ask = lambda x: x @ w
+    value = L.approximate_r(ask, x, ask(x), sigma * torch.randn_like(x)).item()
+    assert value == pytest.approx(sigma ** 2 * w.square().sum().item(), rel=0.05)
