@@ -118,8 +118,9 @@ class ToyWorld:
             velocity = self.directions[direction].numpy() * g.uniform(*self.speeds)
             low, high = self.radius, self.size - self.radius
             start = g.uniform(np.maximum(low, low - 3 * velocity), np.minimum(high, high - 3 * velocity))
-            ripple = (*g.uniform(0, 2 * np.pi, 2), g.uniform(.75, 1.5) * self.size)
-            rows.append((kind, colour, direction, start, velocity, g.uniform(.05, .45, (2, 3)) * 2 - 1, ripple))
+            ripple = (*g.uniform(0, 2 * np.pi, 2), g.uniform(1, 2) * self.size)
+            base, swing = g.uniform(.1, .4, 3), g.uniform(-.1, .1, 3)
+            rows.append((kind, colour, direction, start, velocity, np.stack([base + swing, base - swing]) * 2 - 1, ripple))
         names = ("kind", "colour", "direction", "start", "velocity", "ground", "ripple")
         state = {name: torch.as_tensor(np.array([row[j] for row in rows])) for j, name in enumerate(names)}
         return {name: x if x.dtype == torch.int64 else x.float() for name, x in state.items()}
@@ -157,10 +158,10 @@ class ToyWorld:
         return background * (1 - cover) + colour * cover
 
     def captions(self, state):
-        """["red disc moving up-left", ...]"""
+        """["red disc moving up left", ...]: directions as words that combine, which are learnt sooner than eight names"""
         words = [list(COLOURS), KINDS, list(DIRECTIONS)]
         rows = zip(state["colour"], state["kind"], state["direction"])
-        return ["{} {} moving {}".format(*(w[i] for w, i in zip(words, row))) for row in rows]
+        return ["{} {} moving {}".format(*(w[i].replace("-", " ") for w, i in zip(words, row))) for row in rows]
 
     def batch(self, indices):
         state = self.state(indices)

@@ -380,3 +380,188 @@ def test_approximate_r_is_sigma_squared_times_the_gradient_penalty():
     ask = lambda x: x @ w
     value = L.approximate_r(ask, x, ask(x), sigma * torch.randn_like(x)).item()
     assert value == pytest.approx(sigma ** 2 * w.square().sum().item(), rel=0.05)
+
+
+# ---------------------------------------------------------------- data
+
+def test_draws_do_not_depend_on_the_layout():
+    both, second = data.Draws([3, 4], 0, "a"), data.Draws([4], 0, "a")
+    assert torch.equal(both.randn(2, 3)[1:], second.randn(2, 3)) and torch.equal(both.rand(1)[1:], second.rand(1))
+    assert not torch.equal(data.Draws([4], 1, "a").randn(3), data.Draws([4], 0, "a").randn(3))
+    often = data.Draws(range(200), "c").choice((0.0, 0.9, 0.1), 10)
+    assert 0.85 < (often == 1).float().mean() < 0.95 and (often > 0).all()
+
+
+def test_toy_world_is_what_it_says():
+    world = data.ToyWorld(32, 16)
+    one, many = world.batch([7]), world.batch([3, 7])
+    assert torch.equal(one["video"][0], many["video"][1]) and one["text"][0] == many["text"][1]
+    video, state = many["video"], many["state"]
+    assert video.shape == (2, 16, 3, 32, 32) and video.min() >= -1 and video.max() <= 1
+    centres = world.centres(state, 200)
+    assert centres.min() >= world.radius - 1e-4 and centres.max() <= 32 - world.radius + 1e-4
+    steps = centres[:, 1:] - centres[:, :-1]
+    assert torch.allclose(steps[:, :3], state["velocity"][:, None].expand(-1, 3, -1), atol=1e-4)  # no wall in three steps
+    colour, kind, _, *direction = many["text"][0].split()
+    assert colour in data.COLOURS and kind in data.KINDS and "-".join(direction) in data.DIRECTIONS
+    with pytest.raises(M.UsageError, match="--size"):
+        data.ToyWorld(16)
+
+
+def test_word_encoder():
+    words = data.WordEncoder(4, 8)
+    a, b = words.encode(["red disc", "disc"])
+    assert torch.equal(a[1], b[0]) and a[2:].abs().sum() == 0 and words.encode([""]).abs().sum() == 0
+    assert words.encode(["one two three four five six"]).shape == (1, 4, 8)
+
+
+def test_codec_inverts_and_survives_a_file(tmp_path):
+    video = data.ToyWorld(32, 4).batch(range(32))["video"]
+    full, part = data.PatchCodec.fit(video, 4, 48), data.PatchCodec.fit(video, 4, 24)
+    assert relative(full.decode(full.encode(video)), video) < 1e-3
+    z = part.encode(video)
+    assert z.shape == (32, 4, 24, 8, 8) and z.square().mean().item() == pytest.approx(1, abs=0.05)
+    assert relative(part.decode(z), video) < 0.05
+    part.save(tmp_path / "codec.safetensors")
+    assert torch.equal(data.PatchCodec.load(tmp_path / "codec.safetensors").encode(video), z)
+    (tmp_path / "codec.safetensors").write_bytes(b"broken")
+    with pytest.raises(M.UsageError, match="not a readable"):
+        data.PatchCodec.load(tmp_path / "codec.safetensors")
+
+
+def colour_clip(folder, name, frames=12, side=(48, 64)):
+    """A small video in which every frame has its own grey level."""
+    levels = np.linspace(40, 200, frames).astype(np.uint8)
+    video = np.stack([np.full((*side, 3), level) for level in levels])
+    if name.endswith(".gif"):
+        iio.mimsave(folder / name, list(video), duration=100)
+    elif "." in name:
+        with iio.get_writer(folder / name, fps=10, macro_block_size=1, codec="vp9" if name.endswith("webm") else "libx264") as writer:
+            for frame in video:
+                writer.append_data(frame)
+    else:
+        (folder / name).mkdir()
+        for i, frame in enumerate(video):
+            iio.imwrite(folder / name / f"{i:03d}.png", frame)
+
+
+def test_folder_of_videos(tmp_path):
+    for name in ("a.mp4", "b.webm", "c.mov", "d.gif", "e"):
+        colour_clip(tmp_path, name)
+    (tmp_path / "a.txt").write_text("it gets lighter\n")
+    (tmp_path / "notes.md").write_text("not a video")
+    folder = data.VideoFolder(tmp_path, size=16, frames=5)
+    assert len(folder.clips) == 5 and all(c.shape == (12, 3, 16, 16) for c in folder.clips)
+    batch = folder.batch(range(20))
+    assert batch["video"].shape == (20, 5, 3, 16, 16) and (batch["video"][:, -1] > batch["video"][:, 0]).all()
+    assert {"it gets lighter", ""} == set(batch["text"])
+    assert torch.equal(folder.batch([3])["video"][0], batch["video"][3])
+    half = data.read_video(tmp_path / "a.mp4", 16, fps=5)
+    assert len(half) == 6 and (half[1].float() - data.read_video(tmp_path / "a.mp4", 16)[2].float()).abs().max() < 2
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda d: None, "no videos in"),
+    (lambda d: (d / "x.mp4").write_bytes(b"nonsense"), "cannot be read as a video"),
+    (lambda d: (d / "x.mp4").write_bytes(b""), "cannot be read as a video"),
+    (lambda d: colour_clip(d, "short.mp4", frames=3), "has 3 frames, a clip needs 5"),
+])
+def test_bad_folders_are_explained(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(M.UsageError, match=message):
+        data.VideoFolder(tmp_path, 16, 5)
+    with pytest.raises(M.UsageError, match="not a folder"):
+        data.VideoFolder(tmp_path / "nowhere", 16, 5)
+
+
+def test_images(tmp_path):
+    iio.imwrite(tmp_path / "wide.png", np.dstack([np.full((40, 100), v, np.uint8) for v in (255, 0, 127, 9)]))  # with alpha
+    iio.imwrite(tmp_path / "grey.jpg", np.full((50, 30), 100, np.uint8))
+    image = data.read_image(tmp_path / "wide.png", 32)
+    assert image.shape == (1, 1, 3, 32, 32) and image[0, 0, 0].min() == 1 and image[0, 0, 1].max() == -1
+    assert data.read_image(tmp_path / "grey.jpg", 32).std() < 0.02
+    (tmp_path / "bad.jpg").write_bytes(b"not an image")
+    for name, message in (("bad.jpg", "cannot be read"), ("none.jpg", "does not exist")):
+        with pytest.raises(M.UsageError, match=message):
+            data.read_image(tmp_path / name, 32)
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.gif"])
+def test_writer_keeps_size_and_writes_whole_files(tmp_path, name):
+    video = data.ToyWorld(34, 6).batch([0])["video"][0]
+    with data.VideoWriter(tmp_path / name, fps=8, zoom=3) as writer:
+        writer.write(video[:3])
+        assert not (tmp_path / name).exists()
+        writer.write(video[3:])
+    back = data.read_video(tmp_path / name, 34)
+    assert iio.get_reader(tmp_path / name).get_data(0).shape[:2] == (102, 102)
+    assert len(back) == 6 and (back.float() / 127.5 - 1 - video).abs().mean() < 0.1
+    with pytest.raises(RuntimeError):
+        with data.VideoWriter(tmp_path / name) as writer:
+            writer.write(video[:1])
+            raise RuntimeError("interrupted")
+    assert len(data.read_video(tmp_path / name, 34)) == 6 and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(M.UsageError, match="mp4 or .gif"):
+        data.VideoWriter(tmp_path / "v.txt")
+
+
+# ---------------------------------------------------------------- the evaluator, calibrated
+
+@pytest.fixture(scope="module")
+def scored():
+    """Scores of real toy clips, and of what can be wrong with them."""
+    torch.manual_seed(0)
+    world = data.ToyWorld(32, 16)
+    state = world.state(data.held_out(48))
+    real = world.render(state)
+    wobble = world.centres(state) + torch.randn(48, 16, 2) * torch.tensor([0.0] + [1.0] * 15)[None, :, None]
+    blur = torch.nn.functional.avg_pool2d(real.flatten(0, 1), 5, 1, 2, count_include_pad=False).view_as(real)
+    fade = torch.linspace(0, 1, 16)[:, None, None, None]
+    wrong_way = world.render({**state, "velocity": -state["velocity"]})
+    videos = {"real": real, "frozen": real[:, :1].expand_as(real), "blurred": torch.cat([real[:, :1], blur[:, 1:]], 1),
+              "colour": real * (1 - fade) + real.flip(2) * fade, "noisy": torch.cat([real[:, :1], real[:, 1:] + 0.5 * torch.randn_like(real[:, 1:])], 1),
+              "jitter": world.render(state, wobble.clamp(world.radius, 32 - world.radius)), "wrong way": wrong_way,
+              "broken": torch.cat([real[:, :1], torch.randn_like(real[:, 1:])], 1)}
+    return {name: evaluate.exact_scores(world, state, video) for name, video in videos.items()}
+
+
+def test_real_clips_score_perfectly(scored):
+    s = scored["real"]
+    assert s["quality_error"] < 0.002 and abs(s["dynamic_degree"] - 1) < 0.02 and abs(s["displacement"] - 1) < 0.02
+    assert s["path_px"] < 0.15 and s["caption_agreement"] == 1 and s["jitter"] < 0.5
+    for name in ("imaging_quality", "subject_consistency", "background_consistency", "i2v_subject", "i2v_background", "motion_smoothness"):
+        assert s[name] > 94, name
+
+
+def test_wrong_clips_lose_where_they_are_wrong(scored):
+    real = scored["real"]
+    assert scored["frozen"]["dynamic_degree"] < 0.02 and scored["frozen"]["quality_error"] < 0.002
+    assert scored["frozen"]["caption_agreement"] < 0.3 and scored["frozen"]["path_px"] > 2
+    assert scored["blurred"]["quality_error"] > 0.03 and scored["blurred"]["i2v_subject"] < real["i2v_subject"] - 3
+    assert abs(scored["blurred"]["displacement"] - 1) < 0.05
+    assert scored["colour"]["error_growth"] > 0.1 and scored["colour"]["subject_consistency"] < real["subject_consistency"] - 5
+    assert scored["noisy"]["imaging_quality"] < 60 and scored["noisy"]["i2v_background"] < real["i2v_background"] - 10
+    assert scored["jitter"]["jitter"] > 3 * real["jitter"] and scored["jitter"]["motion_smoothness"] < real["motion_smoothness"] - 10
+    assert scored["jitter"]["quality_error"] < 0.01 and scored["jitter"]["path_px"] > 0.6
+    assert scored["wrong way"]["caption_agreement"] < 0.2 and scored["wrong way"]["path_px"] < 0.5
+
+
+def test_broken_frames_do_not_count_as_motion(scored):
+    s = scored["broken"]
+    assert s["dynamic_degree"] < 0.05 and s["displacement"] < 0.05 and s["imaging_quality"] < 5 and s["caption_agreement"] == 0
+
+
+def test_drift_is_the_spread_over_segments():
+    steady, falling = torch.full((3, 60), 80.0), torch.linspace(100, 0, 60).expand(3, -1)
+    assert evaluate.drift(steady) == 0 and evaluate.drift(falling) == pytest.approx(30, abs=2)
+    assert evaluate.drift(steady + torch.randn(3, 60)) < 1
+
+
+def test_general_scores_without_knowledge_of_the_scene():
+    real = data.ToyWorld(32, 16).batch(data.held_out(16))["video"]
+    frozen, noisy = real[:, :1].expand_as(real), real + 0.5 * torch.randn_like(real)
+    r, f, n = (evaluate.general_scores(v, real) for v in (real, frozen, noisy))
+    assert r["dynamic_degree"] == pytest.approx(1) and f["dynamic_degree"] == 0 and f["i2v_fidelity"] == pytest.approx(100, abs=1e-3)
+    noisy[:, 0] = real[:, 0]
+    assert n["motion_smoothness"] < r["motion_smoothness"] - 5
+    assert (evaluate.sharpness(noisy)[:, 1:].mean() > evaluate.sharpness(real)[:, 1:].mean()).item()

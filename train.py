@@ -75,8 +75,8 @@ class TrainConfig(Config):
     ema: float = 0.98               # decay of the running average of the weights
     max_bad_steps: int = 10         # non-finite steps in a row before giving up
     save_every: int = 200           # steps between saved states; 0: only at the end
-    eval_clips: int = 64            # held-out clips behind metrics.json
-    samples: int = 8                # clips in samples.png and samples.gif
+    eval_clips: int = 64            # held-out clips behind metrics.json; 0: no scores
+    samples: int = 8                # clips in samples.png and samples.gif; 0: no pictures
     # stage 0: the teacher
     text_drop: float = 0.1          # share of captions dropped, for guidance
     train_shift: float = 3.0        # timestep shift of training times
@@ -225,6 +225,15 @@ def shard(module):
             fully_shard(block, mesh=mesh)
         fully_shard(module, mesh=mesh)
     return module
+
+
+def averaged(log):
+    """The mean over processes of a dict of numbers."""
+    if dist.is_initialized():
+        values = torch.tensor(list(log.values()), dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(values)
+        log = dict(zip(log, (values / dist.get_world_size()).tolist()))
+    return log
 
 
 def whole(x):
@@ -529,8 +538,9 @@ def make_trajectories(run, at_once=32):
     """The teacher's ODE trajectories, a file each with the states at the student's levels; those there are kept."""
     cfg, folder = run.cfg, run.dir / "trajectories"
     keep = range(0, cfg.ode_steps, cfg.ode_steps // cfg.levels)
-    groups = [range(i, min(i + at_once, cfg.trajectories)) for i in range(run.rank * at_once, cfg.trajectories, run.world * at_once)]
-    for numbers in tqdm(groups, desc="trajectories", disable=run.rank > 0):
+    mine = [n % cfg.trajectories for n in range(run.rank, -(-cfg.trajectories // run.world) * run.world, run.world)]  # as many for all
+    for i in tqdm(range(0, len(mine), at_once), desc="trajectories", disable=run.rank > 0):
+        numbers = mine[i:i + at_once]
         paths = [folder / f"{n:06d}.safetensors" for n in numbers]
         if run.world == 1 and all(p.is_file() for p in paths):
             continue
@@ -592,6 +602,8 @@ def export(run):
 def show(run):
     """samples.png and samples.gif: real clips, then what the stage makes of the same first frames."""
     cfg = run.cfg
+    if not cfg.samples:
+        return
     batch = run.batch(list(held_out(cfg.samples)), "samples")
     with run.autocast():
         x = animate(run.nets["ema"], asdict(cfg), batch.given(cfg), batch.text, lambda f: batch.draws.randn(f, *batch.x0.shape[2:]), cfg.frames)
@@ -656,7 +668,7 @@ def loop(run):
         for line in lines if run.rank == 0 else []:
             file.write(line + "\n")
         while run.step < cfg.iters:
-            log = STEPS[cfg.stage](run)
+            log = averaged(STEPS[cfg.stage](run))
             run.step += 1
             bar.update()
             if run.rank == 0:
@@ -697,11 +709,13 @@ def train(cfg, fresh=False):
 
 def score(cfg, folder, minutes):
     """metrics.json: experiments/evaluate.py on held-out clips, in a process of its own."""
+    metrics = folder / "metrics.json"
     script = Path(__file__).resolve().parent / "experiments" / "evaluate.py"
-    print(f"stage {cfg.stage}: {minutes:.1f} minutes; pictures in {folder}/samples.gif and samples.png; scores:", flush=True)
-    subprocess.run([sys.executable, script, folder, "--clips", str(cfg.eval_clips)], check=True)
-    scores = json.loads((folder / "metrics.json").read_text())
-    with written_whole(folder / "metrics.json") as temporary:
+    print(f"stage {cfg.stage}: {minutes:.1f} minutes; pictures in {folder}/samples.gif and samples.png", flush=True)
+    if cfg.eval_clips:
+        subprocess.run([sys.executable, script, folder, "--clips", str(cfg.eval_clips)], check=True)
+    scores = json.loads(metrics.read_text()) if cfg.eval_clips else {}
+    with written_whole(metrics) as temporary:
         temporary.write_text(json.dumps({**scores, "minutes": minutes}, indent=1))
 
 
