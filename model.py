@@ -34,8 +34,8 @@ class Config:
     ffn_dim: int = 512          # hidden width of the feed-forward layers
     num_heads: int = 4          # attention heads; dim / num_heads must be even
     num_layers: int = 4         # transformer blocks
-    in_dim: int = 24            # latent channels going in
-    out_dim: int = 24           # latent channels coming out
+    in_dim: int = 12            # latent channels going in
+    out_dim: int = 12           # latent channels coming out
     patch: int = 2              # side of a square patch, in latent pixels (Wan: 1 x 2 x 2)
     freq_dim: int = 64          # sinusoids in the time embedding
     text_dim: int = 32          # width of a text embedding
@@ -48,7 +48,7 @@ class Config:
     chunk: int = 3              # latent frames written together
     sink: int = 1               # earliest frames kept in the cache for ever
     window: int = 15            # latest generated frames kept in the cache, before the current chunk
-    shift: float = 4.0          # timestep shift s: t' = s t / (1 + (s - 1) t)
+    shift: float = 8.0          # timestep shift s: t' = s t / (1 + (s - 1) t)
 
 
 _WAN = dict(in_dim=16, out_dim=16, patch=2, freq_dim=256, text_dim=4096, text_len=512, precondition=False,

@@ -565,3 +565,214 @@ def test_general_scores_without_knowledge_of_the_scene():
     noisy[:, 0] = real[:, 0]
     assert n["motion_smoothness"] < r["motion_smoothness"] - 5
     assert (evaluate.sharpness(noisy)[:, 1:].mean() > evaluate.sharpness(real)[:, 1:].mean()).item()
+
+
+# ---------------------------------------------------------------- training
+
+SMALL = ("--dim 32 --ffn-dim 64 --num-heads 2 --num-layers 2 --disc-layers 0 1 --in-dim 8 --out-dim 8 --batch-size 4 --frames 7 "
+         "--trajectories 4 --critic-warmup 1 --eval-clips 0 --samples 0 --dtype float32 --device cpu").split()
+
+
+def weights(folder):
+    return load_file(Path(folder) / "weights.safetensors")
+
+
+def logs(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """A run of all four stages with a tiny network."""
+    out = tmp_path_factory.mktemp("run")
+    train.main(["--out", str(out), "--iters", "3", *SMALL])
+    return out
+
+
+def test_every_stage_leaves_its_files_and_learns(small_run, capsys):
+    for stage in range(4):
+        folder = small_run / f"stage{stage}"
+        names = {p.name for p in folder.iterdir()}
+        assert {"weights.safetensors", "ema.safetensors", "codec.safetensors", "config.json", "log.jsonl", "metrics.json", "state"} <= names
+        assert len(logs(folder)) == 3 and json.loads((folder / "config.json").read_text())["stage"] == stage
+        if stage:
+            before, after = load_file(folder.parent / f"stage{stage - 1}" / "ema.safetensors"), weights(folder)
+            assert max((after[k] - before[k]).abs().max() for k in after) > 0
+    train.main(["--out", str(small_run), "--iters", "3", *SMALL])  # the same command again keeps all of it
+    assert capsys.readouterr().out.count("is finished and kept") == 4
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_resume_is_bit_for_bit(small_run, tmp_path, stage, monkeypatch):
+    """6 steps = 4 + crash + resume: randomness is a function of the step, all else is in the state."""
+    command = ["--stage", str(stage), "--init", str(small_run / f"stage{max(0, stage - 1)}"), "--teacher", str(small_run / "stage0"),
+               "--iters", "6", "--save-every", "2", *SMALL]
+    train.main(["--out", str(tmp_path / "a"), *command])
+    step, calls = train.STEPS[stage], []
+
+    def crash(run):
+        calls.append(run.step)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return step(run)
+
+    monkeypatch.setitem(train.STEPS, stage, crash)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(["--out", str(tmp_path / "b"), *command])
+    train.main(["--out", str(tmp_path / "b"), *command])
+    assert calls == [0, 1, 2, 3, 4, 5, 4, 5]
+    one, two = weights(tmp_path / "a" / f"stage{stage}"), weights(tmp_path / "b" / f"stage{stage}")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert logs(tmp_path / "a" / f"stage{stage}") == logs(tmp_path / "b" / f"stage{stage}")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_accumulation_is_the_same_batch(small_run, tmp_path, stage):
+    command = ["--stage", str(stage), "--init", str(small_run / f"stage{max(0, stage - 1)}"), "--teacher", str(small_run / "stage0"),
+               "--iters", "3", "--muon-lr", "0", *SMALL]
+    train.main(["--out", str(tmp_path / "a"), *command])
+    train.main(["--out", str(tmp_path / "b"), "--micro-batch", "2", *command])
+    one, two = weights(tmp_path / "a" / f"stage{stage}"), weights(tmp_path / "b" / f"stage{stage}")
+    assert max(relative(two[k], one[k]) for k in one if one[k].norm() > 1e-3) < 1e-4
+    for a, b in zip(logs(tmp_path / "a" / f"stage{stage}"), logs(tmp_path / "b" / f"stage{stage}")):
+        for name in {"loss", "fake_loss", "d_real", "d_fake"} & a.keys():
+            assert a[name] == pytest.approx(b[name], abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_two_processes_are_one(small_run, tmp_path, stage):
+    """torchrun with two gloo processes and FSDP2 gives the losses and weights of one process."""
+    command = ["--stage", str(stage), "--init", str(small_run / f"stage{max(0, stage - 1)}"), "--teacher", str(small_run / "stage0"),
+               "--iters", "3", "--muon-lr", "0", *SMALL]
+    train.main(["--out", str(tmp_path / "a"), *command])
+    shell("torchrun", "--nproc_per_node", "2", "--master_port", "29512", "train.py", "--out", str(tmp_path / "b"), *command)
+    one, two = weights(tmp_path / "a" / f"stage{stage}"), weights(tmp_path / "b" / f"stage{stage}")
+    assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-5
+    for a, b in zip(logs(tmp_path / "a" / f"stage{stage}"), logs(tmp_path / "b" / f"stage{stage}")):
+        for name in {"loss", "fake_loss", "d_real", "d_fake"} & a.keys():
+            assert a[name] == pytest.approx(b[name], abs=1e-5)
+
+
+def shell(*command, status=0, cwd=HERE):
+    """Run a command of this environment; its standard output and error."""
+    tool = Path(sys.executable).parent / command[0]
+    command = [sys.executable if command[0] == "python" else str(tool) if tool.exists() else command[0], *command[1:]]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--stage 0 --preset huge", "--preset huge is unknown"),
+    ("--stage 7", "--stage 7 is unknown"),
+    ("--no-such-flag 3", "unrecognized arguments"),
+    ("--stage 0 --frames 15", "use --frames 16"),
+    ("--stage 0 --size 33", "use --size 32"),
+    ("--stage 0 --data nowhere", "nowhere is not a folder"),
+    ("--stage 2", "holds no finished stage"),
+    ("--stage 0 --batch-size 0", "--batch-size 0 is too small"),
+    ("--stage 3 --disc-layers 9", "--disc-layers 9 does not exist"),
+    ("--stage 3 --gan-loss hinge", "--gan-loss hinge is unknown"),
+    ("--stage 1 --level-weights 1 2", "--level-weights needs 5"),
+    ("--stage 1 --ode-steps 9", "no multiple of --levels"),
+    ("--stage 0 --dtype float8", "--dtype float8 is unknown"),
+])
+def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(tmp_path), *flags.split()])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and "Traceback" not in error and error.count("\n") <= 1
+
+
+def test_a_checkpoint_of_another_shape_is_explained(small_run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path), "--stage", "1", "--init", str(small_run / "stage0"), *SMALL, "--dim", "64"])
+    assert "has dim 32, this run 64: use --dim 32" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(small_run), "--stage", "1", "--iters", "3", *SMALL, "--lr", "0.5"])
+    assert "was trained with lr" in capsys.readouterr().err
+
+
+def test_non_finite_gradients_stop_the_run(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path), "--stage", "0", "--iters", "9", "--max-bad-steps", "3", *SMALL, "--lr", "nan"])
+    assert "stage 0, step 3: 3 non-finite gradients in a row" in capsys.readouterr().err
+
+
+def test_early_stop_on_motion_and_on_quality():
+    fine = dict(grad=1.0, motion=0.9, distance=0.2)
+    for worse in (dict(motion=0.3), dict(distance=0.4)):
+        stop = train.EarlyStop(0.6)
+        assert not any(stop(fine) for _ in range(50))
+        assert any(stop({**fine, **worse}) for _ in range(30))
+    stop = train.EarlyStop(0.0)
+    assert not any(stop(dict(grad=1.0, motion=m, distance=0.2)) for m in (1, 0.1, 0.01, 0))
+
+
+def test_gradient_of_a_rollout_reaches_only_the_exit_pass(small_run):
+    """Through one chunk's exit pass there is a gradient, through the cache there is none."""
+    net, _, settings = sample.load_stage(small_run / "stage1")
+    g = torch.Generator().manual_seed(0)
+    first, text = torch.randn(2, 1, 8, 8, 8, generator=g), torch.randn(2, 6, 32, generator=g)
+    noises = []
+
+    def randn(frames):
+        noises.append(torch.randn(2, frames, 8, 8, 8, generator=g).requires_grad_())
+        return noises[-1]
+
+    one, two, three = sample.rollout(net, first, text, randn, 7, steps=2, grad=True)
+    grads = torch.autograd.grad(three.sum(), noises, allow_unused=True)
+    assert [x is not None for x in grads] == [False, False, False, True]  # noise and re-noise of two chunks
+    assert torch.autograd.grad(two.sum(), list(net.parameters()), allow_unused=True)[0] is not None
+
+
+# ---------------------------------------------------------------- sampling
+
+def test_sampling_command(small_run, tmp_path):
+    photo = tmp_path / "photo.png"
+    iio.imwrite(photo, (np.random.default_rng(0).random((60, 80, 3)) * 255).astype(np.uint8))
+    for flags, frames in ((["--image", str(photo), "--prompt", "red disc moving left"], 7), (["--from-data", "--frames", "20"], 20),
+                          (["--from-data", "--steps", "4", "1", "--frames", "8"], 8)):
+        out = tmp_path / f"{frames}.gif"
+        sample.main(["--weights", str(small_run / "stage3"), *flags, "--out", str(out)])
+        assert len(data.read_video(out, 32)) == frames
+    sample.main(["--weights", str(small_run / "stage0"), "--from-data", "--out", str(tmp_path / "teacher.mp4")])
+    assert len(data.read_video(tmp_path / "teacher.mp4", 32)) == 7
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--weights nowhere --from-data", "holds no finished stage"),
+    ("--from-data --out x.avi", "mp4 or .gif"),
+    ("--image none.png", "none.png does not exist"),
+    ("--from-data --steps 0", "must be positive"),
+    ("--from-data --what", "unrecognized arguments"),
+])
+def test_bad_sampling_is_one_sentence(small_run, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop, data.explain():
+        sample.main([*(() if "--weights" in flags else ("--weights", str(small_run / "stage1"))), *flags.split()])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_more_passes_cost_more_time(small_run):
+    """Four network passes a chunk against one, in the same run. A context pass is paid by both."""
+    net, codec, settings = sample.load_stage(small_run / "stage3")
+    text, first, g = torch.zeros(1, 6, 32), torch.zeros(1, 1, 8, 8, 8), torch.Generator()
+    passes = []
+    hook = net.register_forward_pre_hook(lambda *_: passes.append(1))
+    for steps, expected in ((1, 1 + 2 * 2 - 1), (4, 1 + 2 * 5 - 1)):  # image, then (steps + context) a chunk; none after the last
+        passes.clear()
+        list(sample.rollout(net, first, text, lambda f: torch.randn(1, f, 8, 8, 8, generator=g), 7, steps))
+        assert len(passes) == expected
+    hook.remove()
+
+
+def test_teacher_sampler_is_exact_for_a_straight_path():
+    torch.manual_seed(0)
+    x0, noise, first = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 4, 3, 2, 2), torch.randn(2, 1, 3, 2, 2)
+    velocity = lambda x, t: (noise - x0)
+    out, states = sample.sample_ode(velocity, noise, first, sample.schedule(8, 3.0), keep=[0, 4])
+    assert torch.allclose(out[:, 1:], x0[:, 1:], atol=1e-5) and torch.equal(out[:, :1], first)
+    t = sample.schedule(8, 3.0)[4]
+    assert torch.allclose(states[1][:, 1:], ((1 - t) * x0 + t * noise)[:, 1:], atol=1e-5)
