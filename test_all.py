@@ -776,3 +776,59 @@ def test_teacher_sampler_is_exact_for_a_straight_path():
     assert torch.allclose(out[:, 1:], x0[:, 1:], atol=1e-5) and torch.equal(out[:, :1], first)
     t = sample.schedule(8, 3.0)[4]
     assert torch.allclose(states[1][:, 1:], ((1 - t) * x0 + t * noise)[:, 1:], atol=1e-5)
+
+
+# ---------------------------------------------------------------- the README's commands
+
+def readme_commands():
+    """Every line of every bash block of the README."""
+    blocks = re.findall(r"```bash\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    return [line for block in blocks for line in block.strip().splitlines()]
+
+
+def test_readme_commands_run(tmp_path):
+    """All of them, in the README's order, with flags appended that make them short."""
+    for name in ("*.py", "experiments", "assets", "goldens", "README.md", "pytest.ini"):
+        for path in HERE.glob(name):
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "clips").mkdir()
+    colour_clip(tmp_path / "clips", "a.mp4")
+    short = " ".join(SMALL).replace("--eval-clips 0 --samples 0", "--eval-clips 2 --samples 2") + " --iters 2 --master_port 29513"
+    ran = []
+    for line in readme_commands():
+        line = line.replace("pip install -r requirements.txt && ", "").replace("DIR_OF_MP4", "clips")
+        command = shlex.split(line)
+        if "train.py" in command:
+            command += [flag for flag in short.replace("--master_port 29513", "").split()]
+        elif command[0] == "pytest":
+            command += ["--collect-only"]
+        elif "experiments/evaluate.py" in command:
+            command += ["--clips", "2"]
+        elif "experiments/ablations.py" in command:
+            command += ["--print", "--out", str(tmp_path / "table")]
+            (tmp_path / "table" / "seed0" / "stage2").mkdir(parents=True)
+            (tmp_path / "table" / "seed0" / "stage2" / "metrics.json").write_text('{"quality_error": 0.1}')
+        output = shell(*command, cwd=tmp_path)
+        ran.append(line)
+        assert "Traceback" not in output, line
+    assert len(ran) > 12 and (tmp_path / "out/toy/stage3/samples.gif").is_file() and (tmp_path / "sample.gif").is_file()
+
+
+def test_every_file_of_the_readme_exists():
+    for path in re.findall(r"\((assets/[^)]+)\)", (HERE / "README.md").read_text()):
+        assert (HERE / path).is_file(), path
+    names = re.findall(r"`(losses|train|sample|model|discriminator|data)\.([A-Za-z_]+)`", (HERE / "README.md").read_text())
+    for module, name in names:
+        assert name == "py" or hasattr(sys.modules[module], name), f"{module}.{name}"
+
+
+@pytest.mark.slow
+def test_shortened_recipe_end_to_end(tmp_path):
+    """The default recipe, shortened to a few minutes: the teacher learns to move, stage 2 mends what stage 1 breaks."""
+    out = ["--out", str(tmp_path)]
+    for stage, iters in enumerate((700, 150, 60, 50)):
+        train.main([*out, "--stage", str(stage), "--iters", str(iters), "--eval-clips", "64"])
+    scores = [json.loads((tmp_path / f"stage{stage}" / "metrics.json").read_text()) for stage in range(4)]
+    assert scores[0]["caption_agreement"] > 0.6 and scores[0]["quality_error"] < 0.15
+    assert scores[2]["error_growth"] < scores[1]["error_growth"]
+    assert scores[3]["displacement"] > 0.5 and scores[3]["quality_error"] < 0.3

@@ -103,7 +103,8 @@ class TrainConfig(Config):
     disc_layers: tuple = (0, 1, 2, 3)  # blocks that the heads read
     disc_queries: int = 2           # queries per head
     gan_loss: str = "relativistic"  # or logistic, the paper's
-    gan_t_max: float = 0.9          # noise level of the discriminator's input ~ U[0, this]
+    gan_t_max: float = 0.9          # noise level of the discriminator's input ~ U[0, this] ...
+    gan_shift: float = 1.0          # ... then shifted towards noise, where coarse motion is judged rather than grain
     r_weight: float = 5.0           # lambda of the approximate R1 and R2
     r_sigma: float = 0.1            # their perturbation
     r_every: int = 2                # critic steps between two of them
@@ -396,6 +397,11 @@ def dmd_gradient(run, x, batch, draws):
     return grad, {"dmd": grad.norm().item(), "distance": (x - x0_real)[:, k:].abs().mean().item()}
 
 
+def judged_level(cfg, draws, x):
+    """The random level (b, f) at which the discriminator sees a clip; the image stays clean."""
+    return frame_times(L.shift_time(draws.rand(1) * cfg.gan_t_max, cfg.gan_shift), x, cfg.first)
+
+
 def judge(run, x, batch, t, eps):
     """The discriminator on a clip noised to t; `x` may carry a gradient."""
     with run.autocast():
@@ -406,8 +412,7 @@ def gan_gradient(run, x, batch, draws):
     """Stage III: the direction in which the discriminator finds the student's clip more real (paper eq. 8)."""
     cfg, k = run.cfg, run.cfg.first
     clip = x[:, k:].clone().requires_grad_()
-    t = frame_times(draws.rand(1) * cfg.gan_t_max, x, k)
-    eps = draws.randn(*x.shape[1:])
+    t, eps = judged_level(cfg, draws, x), draws.randn(*x.shape[1:])
     fake = judge(run, torch.cat([x[:, :k], clip], 1), batch, t, eps)
     with torch.no_grad():
         real = judge(run, batch.x0, batch, t, eps)  # same noise, same level, same image: a pair
@@ -435,7 +440,7 @@ def disc_step(run, clips, update):
     regular = (run.step * cfg.critic_updates + update) % cfg.r_every == 0
     for batch, x in clips:
         draws = run.draws(batch.clips, f"disc{update}")
-        t, eps = frame_times(draws.rand(1) * cfg.gan_t_max, x, cfg.first), draws.randn(*x.shape[1:])
+        t, eps = judged_level(cfg, draws, x), draws.randn(*x.shape[1:])
         ask = lambda clip: judge(run, clip, batch, t, eps)
         real, fake = ask(batch.x0), ask(x)
         loss = L.GAN_LOSSES[cfg.gan_loss][0](real, fake)

@@ -1,0 +1,109 @@
+"""The tables of the README: the recipe and its controls over several training seeds, scored on the same held-out clips.
+
+    python experiments/ablations.py --out out/table --seeds 0 1 2             train, score, print (hours on a laptop, resumable)
+    python experiments/ablations.py --out out/table --seeds 0 --print          print what is there
+    python experiments/ablations.py --out out/table --judges                   also the four discriminators of the paper's table 3
+
+    stage0 .. stage3       the recipe
+    stage2-longer          the control of stage 3: stage 2 goes on for as long as stage 3 takes
+    stage3-no-warmup       stage 3 from stage 1, without DMD (the paper's table 2)
+    stage3-<judge>         causal or bidirectional, frame-wise or video-wise (the paper's table 3)
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(HERE))
+
+from data import explain
+from model import UsageError
+
+RECIPE = [("stage0", "--stage 0"), ("stage1", "--stage 1"), ("stage2", "--stage 2"), ("stage3", "--stage 3")]
+CONTROLS = [("stage2-longer", "--stage 2 --tag -longer --init {out}/stage2 --iters 150 --stop-motion 0 --critic-warmup 0"),
+            ("stage3-no-warmup", "--stage 3 --tag -no-warmup --init {out}/stage1")]
+JUDGES = [("stage3-causal-framewise", "--stage 3 --tag -causal-framewise --disc-causal --disc-framewise"),
+          ("stage3-causal-video", "--stage 3 --tag -causal-video --disc-causal"),
+          ("stage3-bidirectional-framewise", "--stage 3 --tag -bidirectional-framewise --disc-framewise")]
+COLUMNS = {"quality_error": "error", "last_error": "last", "error_growth": "growth", "drift": "drift", "dynamic_degree": "dynamic",
+           "displacement": "displ.", "jitter": "jitter", "path_px": "path px", "caption_agreement": "caption",
+           "subject_consistency": "subject", "i2v_subject": "i2v subject", "i2v_background": "i2v backgr.", "minutes": "minutes"}
+
+
+def run_seed(out, seed, plan, clips, threads, extra):
+    """Train and score every row of the plan for one seed; what is finished is kept."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    folder = Path(out) / f"seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.log", "a") as log:
+        for _, flags in plan:
+            command = [sys.executable, str(HERE / "train.py"), "--out", str(folder), "--seed", str(seed), "--eval-clips", str(clips),
+                       *flags.format(out=folder).split(), *extra]
+            if subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT).returncode:
+                raise UsageError(f"seed {seed} failed: see the end of {folder / 'output.log'}")
+
+
+def collect(out, seeds, rows):
+    """{row: {score: [one per seed]}} of what has been finished."""
+    scores = {}
+    for row in rows:
+        found = [json.loads(p.read_text()) for s in seeds if (p := Path(out) / f"seed{s}" / row / "metrics.json").is_file()]
+        if found:
+            scores[row] = {name: [f[name] for f in found if name in f] for name in COLUMNS}
+    return scores
+
+
+def table(scores):
+    """Mean and spread (largest minus smallest, in brackets) over seeds as a Markdown table."""
+    def cell(values):
+        if not values:
+            return ""
+        spread = f" ({max(values) - min(values):.2g})" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.3g}{spread}"
+
+    lines = ["| | seeds | " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * (len(COLUMNS) + 2)]
+    for row, values in scores.items():
+        seeds = max(len(v) for v in values.values())
+        lines.append(f"| {row} | {seeds} | " + " | ".join(cell(values[name]) for name in COLUMNS) + " |")
+    return "\n".join(lines)
+
+
+def ratios(scores, a, b, names=("quality_error", "last_error", "error_growth", "drift", "jitter", "displacement")):
+    """One line: the means of row a over those of row b."""
+    if a not in scores or b not in scores:
+        return ""
+    parts = [f"{COLUMNS[n]} {statistics.mean(scores[a][n]) / statistics.mean(scores[b][n]):.2f}" for n in names
+             if scores[a][n] and scores[b][n]]
+    return f"{a} / {b}: " + ", ".join(parts)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="out/table", help="folder; a folder per seed goes there")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
+    parser.add_argument("--clips", type=int, default=256, help="held-out clips behind every score")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds trained side by side, one thread each; 1: one seed on all cores")
+    parser.add_argument("--judges", action="store_true", help="also train with the other three discriminators")
+    parser.add_argument("--print", action="store_true", help="train nothing, print the table of what is finished")
+    args, extra = parser.parse_known_args(argv)
+    plan = RECIPE + CONTROLS + JUDGES * args.judges
+    if not args.print:
+        threads = 1 if args.jobs > 1 else os.cpu_count()
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda seed: run_seed(args.out, seed, plan, args.clips, threads, extra), args.seeds))
+    scores = collect(args.out, args.seeds, [name for name, _ in RECIPE + CONTROLS + JUDGES])
+    if not scores:
+        raise UsageError(f"nothing finished in {args.out}: run this command without --print")
+    print(table(scores))
+    for a, b in (("stage2", "stage1"), ("stage3", "stage2"), ("stage3", "stage2-longer"), ("stage3-no-warmup", "stage3")):
+        print(ratios(scores, a, b))
+
+
+if __name__ == "__main__":
+    with explain():
+        main()
