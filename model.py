@@ -43,11 +43,11 @@ class Config:
     eps: float = 1e-6           # of every LayerNorm and RMSNorm
     precondition: bool = True   # skip connection around the network (see PreconditionedDiT); off for Wan
     # the stream
-    frames: int = 16            # latent frames of a training clip, the conditioning image included
+    frames: int = 13            # latent frames of a training clip, the conditioning image included
     first: int = 1              # latent frames of the conditioning image, a chunk of its own; 0: text alone
     chunk: int = 3              # latent frames written together
     sink: int = 1               # earliest frames kept in the cache for ever
-    window: int = 15            # latest generated frames kept in the cache, before the current chunk
+    window: int = 12            # latest generated frames kept in the cache, before the current chunk
     shift: float = 8.0          # timestep shift s: t' = s t / (1 + (s - 1) t)
 
 

@@ -1,7 +1,7 @@
 """Sampling: the teacher's ODE, the student's causal rollout, and the command that turns an image and a prompt to video.
 
     python sample.py --from-data                           animate a held-out toy image with the newest finished stage
-    python sample.py --image photo.jpg --prompt "red disc moving left" --out video.mp4
+    python sample.py --image assets/example.png --prompt "cyan disc moving left" --out video.mp4
     python sample.py --from-data --frames 1000 --steps 1   stream: memory stays constant, frames are written as they come
 
 rollout() is the one function that writes videos chunk by chunk. Training (stages II and III) and serving both use it,
@@ -164,6 +164,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, nargs="+", help="network passes per chunk; several: one for each chunk, the last "
                                                              "for all that follow (4 1 is First-Frame Enhancement)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, and of the choice of the clip")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
     parser.add_argument("--fps", type=float, default=8, help="frames a second of the file")
     parser.add_argument("--zoom", type=int, default=0, help="enlarge pixels; default: to about 256 pixels")
     parser.add_argument("--out", default="sample.mp4", help="file to write, .mp4 or .gif")
@@ -172,16 +173,17 @@ def main(argv=None):
         raise UsageError("--frames and --steps must be positive")
 
     net, codec, settings = load_stage(args.weights or newest_stage())
+    net.to(args.device)
     if args.image:
         pixels, caption = read_image(args.image, settings["size"]), ""
     else:
         clip = dataset(SimpleNamespace(**settings)).batch([held_out(1, args.seed)[0]])
         pixels, caption = clip["video"][:, :1], clip["text"][0]
     caption = caption if args.prompt is None else args.prompt
-    first = codec.encode(pixels)[:, :settings["first"]]
-    text = WordEncoder(settings["text_len"], settings["text_dim"]).encode([caption])
+    first = codec.encode(pixels).to(args.device)[:, :settings["first"]]
+    text = WordEncoder(settings["text_len"], settings["text_dim"]).encode([caption]).to(args.device)
     noise = torch.Generator().manual_seed(args.seed)
-    randn = lambda frames: torch.randn(1, frames, *first.shape[2:], generator=noise)
+    randn = lambda frames: torch.randn(1, frames, *first.shape[2:], generator=noise).to(args.device)
     frames = args.frames or settings["frames"]
 
     began, chunks, written = time.perf_counter(), [], 0

@@ -636,7 +636,7 @@ def test_accumulation_is_the_same_batch(small_run, tmp_path, stage):
     assert max(relative(two[k], one[k]) for k in one if one[k].norm() > 1e-3) < 1e-4
     for a, b in zip(logs(tmp_path / "a" / f"stage{stage}"), logs(tmp_path / "b" / f"stage{stage}")):
         for name in {"loss", "fake_loss", "d_real", "d_fake"} & a.keys():
-            assert a[name] == pytest.approx(b[name], abs=1e-5)
+            assert a[name] == pytest.approx(b[name], abs=1e-4)  # Adam amplifies rounding where a gradient is nearly 0
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -696,7 +696,7 @@ def test_a_checkpoint_of_another_shape_is_explained(small_run, tmp_path, capsys)
 
 def test_non_finite_gradients_stop_the_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        train.main(["--out", str(tmp_path), "--stage", "0", "--iters", "9", "--max-bad-steps", "3", *SMALL, "--lr", "nan"])
+        train.main(["--out", str(tmp_path), "--stage", "0", "--iters", "9", "--max-bad-steps", "3", *SMALL, "--train-shift", "nan"])
     assert "stage 0, step 3: 3 non-finite gradients in a row" in capsys.readouterr().err
 
 

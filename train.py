@@ -55,7 +55,7 @@ class TrainConfig(Config):
     init: str = ""                  # folder of the stage to start from; default: the stage before
     teacher: str = ""               # folder of the teacher; default: stage 0 of this run
     seed: int = 0                   # of everything random
-    resume: bool = False            # continue from the last saved state of the stage
+    resume: bool = True             # continue an unfinished stage and keep a finished one; no: start over
     device: str = ""                # cuda, mps or cpu; default: the first there is
     dtype: str = ""                 # autocast: bfloat16 or float32; default: bfloat16 where the hardware has it
     # clips
@@ -90,12 +90,13 @@ class TrainConfig(Config):
     student_steps: int = 1          # network passes per chunk
     dmd: float = 0.0                # weight of the DMD term
     gan: float = 0.0                # weight of the adversarial term
+    gan_ratio: float = 0.0          # with both terms: norm of the adversarial gradient over DMD's (One-Forcing); 0: as it comes
     critic_lr: float = 1e-3         # fake score (DMD) and discriminator heads (GAN)
     critic_betas: tuple = (0.5, 0.99)  # Adam's, for the critics
     critic_updates: int = 2         # critic steps per generator step
     critic_warmup: int = 15         # first steps, in which only the critic learns
-    score_shift: float = 3.0        # timestep shift of the level at which the scores are compared
-    stop_motion: float = 0.6        # stop stage 2 once motion has fallen to this fraction of its best; 0: never
+    score_shift: float = 1.5        # timestep shift of the level at which the scores are compared
+    stop_motion: float = 0.6        # stop stage 2 once motion has fallen to this fraction of its best; 0: never stop early
     # stage 3: the discriminator
     backbone_lr: float = 0.0        # of the discriminator's backbone; 0: frozen
     disc_causal: bool = False       # give the discriminator the student's block-causal mask
@@ -104,17 +105,17 @@ class TrainConfig(Config):
     disc_queries: int = 2           # queries per head
     gan_loss: str = "relativistic"  # or logistic, the paper's
     gan_t_max: float = 0.9          # noise level of the discriminator's input ~ U[0, this] ...
-    gan_shift: float = 1.0          # ... then shifted towards noise, where coarse motion is judged rather than grain
-    r_weight: float = 5.0           # lambda of the approximate R1 and R2
+    gan_shift: float = 4.0          # ... then shifted towards noise, where coarse motion is judged rather than grain
+    r_weight: float = 20.0          # lambda of the approximate R1 and R2
     r_sigma: float = 0.1            # their perturbation
     r_every: int = 2                # critic steps between two of them
 
 
 RECIPES = {  # preset -> stage -> what differs from the defaults
     "toy": {
-        0: dict(iters=1700, muon_lr=0.02, warmup=30, decay=0.4, ema=0.99),
-        1: dict(iters=220, muon_lr=0.01, decay=0.5),
-        2: dict(iters=105, dmd=1.0, lr=3e-4, betas=(0.5, 0.99), ema=0.95),
+        0: dict(iters=2000, muon_lr=0.02, warmup=30, decay=0.4, ema=0.99),
+        1: dict(iters=200, muon_lr=0.01, decay=0.5),
+        2: dict(iters=140, dmd=1.0, lr=3e-4, betas=(0.5, 0.99), ema=0.95),
         3: dict(iters=140, gan=1.0, lr=1e-4, betas=(0.0, 0.99), critic_betas=(0.0, 0.99), critic_updates=3, critic_warmup=40),
     },
     "wan-1.3b": {}, "wan-14b": {},
@@ -125,7 +126,7 @@ _WAN_RECIPE = {
     2: dict(iters=100, batch_size=64, dmd=1.0, lr=2e-6, betas=(0.0, 0.999), critic_lr=4e-7, critic_betas=(0.0, 0.999),
             critic_updates=5, critic_warmup=0, guidance=6.0, score_shift=5.0),
     3: dict(iters=200, batch_size=256, gan=1.0, lr=4e-7, betas=(0.0, 0.999), critic_lr=2e-6, critic_betas=(0.0, 0.999),
-            backbone_lr=1e-6, critic_updates=1, critic_warmup=0, disc_queries=1, gan_loss="logistic", gan_t_max=1.0,
+            backbone_lr=1e-6, critic_updates=1, critic_warmup=0, disc_queries=1, gan_loss="logistic", gan_t_max=1.0, gan_shift=1.0,
             r_weight=20.0, r_sigma=0.05, r_every=1),
 }
 RECIPES["wan-1.3b"] = {s: dict(r, disc_layers=(14, 21, 29)) for s, r in _WAN_RECIPE.items()}
@@ -468,11 +469,13 @@ def distil_step(run):
             x = torch.cat(list(rollout(run.nets["student"], batch.given(cfg), batch.text, noise, cfg.frames,
                                        cfg.student_steps, exit_step, grad=moving)), 1)
         if moving:
-            total = 0.0
+            grads = []
             for weight, term in terms:
                 grad, numbers = term(run, x.detach(), batch, run.draws(batch.clips, term.__name__))
-                total, log = total + weight * grad, {**log, **numbers}
-            x[:, cfg.first:].backward(run.share(total, batch))
+                grads, log = [*grads, weight * grad], {**log, **numbers}
+            if len(grads) == 2 and cfg.gan_ratio:
+                grads[1] = grads[1] * (cfg.gan_ratio * grads[0].norm() / grads[1].norm().clamp_min(1e-12))
+            x[:, cfg.first:].backward(run.share(sum(grads), batch))
         clips.append((batch, x.detach()))
     if moving:
         log["grad"] = run.update("student")
@@ -622,24 +625,27 @@ def show(run):
 # ---------------------------------------------------------------- the loop
 
 class EarlyStop:
-    """Stage II ends once the student's motion falls below a fraction of its best, or the teacher's objection to its clips
-    has risen by a quarter: past its best point DMD drifts into still videos (paper section 4)."""
+    """Stage II ends once the student's motion, or the teacher's content with its clips, has clearly passed its best: DMD that
+    goes on drifts into still videos (paper section 4). Both are noisy, so means over `window` steps are compared."""
 
-    def __init__(self, fraction):
-        self.fraction, self.smooth, self.best = fraction, {}, {}
+    def __init__(self, fraction, window=20):
+        self.fraction, self.window = fraction, window
+        self.history, self.best = {"motion": [], "distance": []}, {}
 
     def __call__(self, log):
-        for name, better in (("motion", max), ("distance", min)):
-            if name in log and "grad" in log:
-                old = self.smooth.get(name, log[name])
-                self.smooth[name] = 0.9 * old + 0.1 * log[name]
-                self.best[name] = better(self.best.get(name, self.smooth[name]), self.smooth[name])
-        if not self.fraction or len(self.smooth) < 2:
+        """The reason to stop after this step's log, or an empty string."""
+        if not self.fraction or "distance" not in log:
             return ""
-        if self.smooth["motion"] < self.fraction * self.best["motion"]:
-            return f"motion fell to {self.smooth['motion']:.2f} of real, its best was {self.best['motion']:.2f}"
-        if self.smooth["distance"] > 1.25 * self.best["distance"]:
-            return f"the teacher's objection rose to {self.smooth['distance']:.3f}, its best was {self.best['distance']:.3f}"
+        for name in self.history:
+            self.history[name] = [*self.history[name], log[name]][-self.window:]
+        if len(self.history["motion"]) < self.window:
+            return ""
+        motion, distance = (sum(self.history[name]) / self.window for name in ("motion", "distance"))
+        self.best = {"motion": max(motion, self.best.get("motion", 0.0)), "distance": min(distance, self.best.get("distance", distance))}
+        if motion < self.fraction * self.best["motion"]:
+            return f"motion fell to {motion:.2f} of real, its best was {self.best['motion']:.2f}"
+        if distance > 1.5 * self.best["distance"]:
+            return f"the teacher would change the clips by {distance:.3f}, at best it was {self.best['distance']:.3f}"
         return ""
 
 

@@ -2,6 +2,7 @@
 
     python experiments/figures.py masks                who sees whom: teacher, student, critics       masks.png
     python experiments/figures.py recipe               the four stages and what they hand on          recipe.png
+    python experiments/figures.py example              a first frame for sample.py --image            example.png
     python experiments/figures.py curves out/toy       training curves of a run, from its logs        curves.png
     python experiments/figures.py gifs out/toy         the samples of every stage, copied             stageN.gif, stageN.png
     python experiments/figures.py all out/toy          all of these
@@ -24,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import explain, written_whole
+from data import ToyWorld, explain, held_out, to_uint8, written_whole
 from model import Config, UsageError, block_causal_mask, chunk_bounds
 
 INK, GREY, RULE, FAINT, WHITE = "#262b33", "#666e79", "#c9ced6", "#eceff3", "#ffffff"
@@ -290,15 +291,23 @@ def gifs(assets, run):
         print(f"wrote {target}")
 
 
+def example(assets, run=None):
+    """A picture to animate: the first frame of a toy clip that is not trained on, drawn large."""
+    world = ToyWorld(128, 1)
+    frame = to_uint8(world.batch(held_out(1, seed=7))["video"][0, 0])
+    with written_whole(assets / "example.png") as temporary:
+        Image.fromarray(frame).save(temporary)
+
+
 def main(argv=None):
-    figures = {"masks": masks, "recipe": recipe, "curves": curves, "gifs": gifs}
+    figures = {"masks": masks, "example": example, "recipe": recipe, "curves": curves, "gifs": gifs}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message}; figures.py --help shows what there is\n")
     parser.add_argument("what", choices=[*figures, "all"], help="picture to make")
     parser.add_argument("run", nargs="?", help="folder of a run, such as out/toy; for curves, gifs and all")
     parser.add_argument("--assets", type=Path, default=Path(__file__).resolve().parents[1] / "assets", help="folder to write to")
     args = parser.parse_args(argv)
-    if args.what not in ("masks", "recipe") and not args.run:
+    if args.what not in ("masks", "example", "recipe") and not args.run:
         raise UsageError(f"{args.what} needs the folder of a run: python experiments/figures.py {args.what} out/toy")
     for name in figures if args.what == "all" else [args.what]:
         figures[name](args.assets, args.run)
