@@ -81,7 +81,7 @@ class TrainConfig(Config):
     text_drop: float = 0.1          # share of captions dropped, for guidance
     train_shift: float = 6.0        # timestep shift of training times: high, or the direction of motion is learnt late
     # stage 1: ODE initialisation
-    trajectories: int = 256         # teacher trajectories to regress on
+    trajectories: int = 128         # teacher trajectories to regress on
     ode_steps: int = 16             # Euler steps of a trajectory
     guidance: float = 1.5           # classifier-free guidance of the teacher; 1: none
     levels: int = 4                 # states of a trajectory that are kept, those a `levels`-step sampler would visit
@@ -114,9 +114,10 @@ class TrainConfig(Config):
 RECIPES = {  # preset -> stage -> what differs from the defaults
     "toy": {
         0: dict(iters=2000, muon_lr=0.02, warmup=30, decay=0.4, ema=0.99),
-        1: dict(iters=200, muon_lr=0.01, decay=0.5),
-        2: dict(iters=140, dmd=1.0, lr=3e-4, betas=(0.5, 0.99), ema=0.95),
-        3: dict(iters=140, gan=1.0, lr=1e-4, betas=(0.0, 0.99), critic_betas=(0.0, 0.99), critic_updates=3, critic_warmup=40),
+        1: dict(iters=90, muon_lr=0.01, decay=0.5),
+        2: dict(iters=170, dmd=1.0, lr=3e-4, betas=(0.5, 0.99), ema=0.95),
+        3: dict(iters=140, gan=1.0, lr=3e-5, betas=(0.9, 0.99), ema=0.99, critic_lr=5e-4, critic_betas=(0.0, 0.99), critic_updates=3,
+                critic_warmup=40),
     },
     "wan-1.3b": {}, "wan-14b": {},
 }
