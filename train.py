@@ -51,7 +51,7 @@ class TrainConfig(Config):
     stage: int = -1                 # 0 teacher, 1 ODE initialisation, 2 DMD, 3 adversarial; -1: all in order
     data: str = ""                  # folder of videos; empty: the toy world
     out: str = ""                   # folder of the run; default out/<preset>
-    tag: str = ""                   # appended to the stage's folder name, to keep experiments apart
+    tag: str = ""                   # appended to the stage's folder name (stage3-TAG), to keep experiments apart
     init: str = ""                  # folder of the stage to start from; default: the stage before
     teacher: str = ""               # folder of the teacher; default: stage 0 of this run
     seed: int = 0                   # of everything random
@@ -193,7 +193,7 @@ def check(cfg):
 
 def stage_folder(cfg):
     """Where a stage leaves its results."""
-    return Path(cfg.out) / f"stage{cfg.stage}{cfg.tag}"
+    return Path(cfg.out) / (f"stage{cfg.stage}-{cfg.tag}" if cfg.tag else f"stage{cfg.stage}")
 
 
 # ---------------------------------------------------------------- many devices
@@ -340,8 +340,8 @@ class Run:
                 o.step()
             o.zero_grad()
         if self.bad[name] >= cfg.max_bad_steps:
-            raise UsageError(f"stage {cfg.stage}, step {self.step}: {self.bad[name]} non-finite gradients in a row in {name}; the last good "
-                             f"state is in {self.dir / 'state'}: lower --lr and --resume")
+            raise UsageError(f"stage {cfg.stage}, step {self.step + 1}: {self.bad[name]} non-finite gradients in a row in {name}; the last "
+                             f"good state is in {self.dir / 'state'}: start again with a lower --lr and --no-resume")
         if name == "student" and math.isfinite(norm):
             decay = min(cfg.ema, (self.step + 1) / (self.step + 10))
             with torch.no_grad():

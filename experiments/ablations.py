@@ -25,11 +25,11 @@ from data import explain
 from model import UsageError
 
 RECIPE = [("stage0", "--stage 0"), ("stage1", "--stage 1"), ("stage2", "--stage 2"), ("stage3", "--stage 3")]
-CONTROLS = [("stage2-longer", "--stage 2 --tag -longer --init {out}/stage2 --iters 200 --stop-motion 0 --critic-warmup 0"),
-            ("stage3-no-warmup", "--stage 3 --tag -no-warmup --init {out}/stage1")]
-JUDGES = [("stage3-causal-framewise", "--stage 3 --tag -causal-framewise --disc-causal --disc-framewise"),
-          ("stage3-causal-video", "--stage 3 --tag -causal-video --disc-causal"),
-          ("stage3-bidirectional-framewise", "--stage 3 --tag -bidirectional-framewise --disc-framewise")]
+CONTROLS = [("stage2-longer", "--stage 2 --tag longer --init {out}/stage2 --iters 200 --stop-motion 0 --critic-warmup 0"),
+            ("stage3-no-warmup", "--stage 3 --tag no-warmup --init {out}/stage1")]
+JUDGES = [("stage3-causal-framewise", "--stage 3 --tag causal-framewise --disc-causal --disc-framewise"),
+          ("stage3-causal-video", "--stage 3 --tag causal-video --disc-causal"),
+          ("stage3-bidirectional-framewise", "--stage 3 --tag bidirectional-framewise --disc-framewise")]
 COLUMNS = {"quality_error": "error", "last_error": "last", "error_growth": "growth", "drift": "drift", "dynamic_degree": "dynamic",
            "displacement": "displ.", "jitter": "jitter", "path_px": "path px", "caption_agreement": "caption",
            "subject_consistency": "subject", "i2v_subject": "i2v subject", "i2v_background": "i2v backgr.", "minutes": "minutes"}
