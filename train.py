@@ -116,8 +116,8 @@ RECIPES = {  # preset -> stage -> what differs from the defaults
         0: dict(iters=2000, muon_lr=0.02, warmup=30, decay=0.4, ema=0.99),
         1: dict(iters=90, muon_lr=0.01, decay=0.5),
         2: dict(iters=170, dmd=1.0, lr=3e-4, betas=(0.5, 0.99), ema=0.95),
-        3: dict(iters=140, gan=1.0, lr=3e-5, betas=(0.9, 0.99), ema=0.99, critic_lr=5e-4, critic_betas=(0.0, 0.99), critic_updates=3,
-                critic_warmup=40),
+        3: dict(iters=90, gan=1.0, dmd=1.0, gan_ratio=0.3, lr=3e-4, betas=(0.5, 0.99), ema=0.95, critic_lr=5e-4,
+                critic_betas=(0.0, 0.99), critic_updates=3, critic_warmup=20),  # alone, the GAN term did not help: see README
     },
     "wan-1.3b": {}, "wan-14b": {},
 }
