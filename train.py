@@ -475,7 +475,8 @@ def distil_step(run):
                 grad, numbers = term(run, x.detach(), batch, run.draws(batch.clips, term.__name__))
                 grads, log = [*grads, weight * grad], {**log, **numbers}
             if len(grads) == 2 and cfg.gan_ratio:
-                grads[1] = grads[1] * (cfg.gan_ratio * grads[0].norm() / grads[1].norm().clamp_min(1e-12))
+                dmd_norm, gan_norm = (g.flatten(1).norm(dim=1)[:, None, None, None, None] for g in grads)  # clip by clip
+                grads[1] = grads[1] * cfg.gan_ratio * dmd_norm / gan_norm.clamp_min(1e-12)
             x[:, cfg.first:].backward(run.share(sum(grads), batch))
         clips.append((batch, x.detach()))
     if moving:
