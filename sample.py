@@ -153,6 +153,7 @@ def stream(net, codec, settings, first, text, randn, frames, steps):
 
 
 def main(argv=None):
+    """The command line: one clip to one file. UsageError for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message}; sample.py --help lists every flag\n")
     parser.add_argument("--weights", help="folder of a stage; default: the one finished last under out/")

@@ -9,11 +9,8 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import time
-from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import imageio.v2 as iio

@@ -590,6 +590,7 @@ def save_state(run):
 
 
 def load_state(run):
+    """Put a saved state back into the run's networks, optimizers and step."""
     state = state_of(run)
     dcp.load(state, checkpoint_id=run.dir / "state")
     for name in run.nets:
@@ -746,6 +747,7 @@ def table(out):
 
 
 def main(argv=None):
+    """The command line: one stage, or all four in order and the table."""
     given = parse(argv)
     with explain(), processes():
         if given.get("stage", -1) != -1:

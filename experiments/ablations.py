@@ -83,6 +83,7 @@ def ratios(scores, a, b, names=("quality_error", "last_error", "error_growth", "
 
 
 def main(argv=None):
+    """Train what is missing, print the table and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out/table", help="folder; a folder per seed goes there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")

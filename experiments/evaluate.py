@@ -264,6 +264,7 @@ def table(rows):
 
 
 def main(argv=None):
+    """Score every folder named on the command line and print a table; a stage's scores also go to its metrics.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="stages of a run, or folders of videos")
     parser.add_argument("--clips", type=int, default=256, help="held-out clips")

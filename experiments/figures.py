@@ -300,6 +300,7 @@ def example(assets, run=None):
 
 
 def main(argv=None):
+    """Draw the pictures asked for."""
     figures = {"masks": masks, "example": example, "recipe": recipe, "curves": curves, "gifs": gifs}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message}; figures.py --help shows what there is\n")
