@@ -175,17 +175,18 @@ class SelfAttention(nn.Module):
         norm = getattr(self, f"norm_{name}")
         return norm(getattr(self, name)(x).to(norm.weight.dtype))
 
-    def forward(self, x, rope, groups=None, past=None):
+    def forward(self, x, views, past=None):
         """x (b, f, n, dim) -> the same, and its own keys and values BEFORE RoPE, for a cache.
 
-        `rope` is (table of the queries, table of the keys); `past` = (k, v) of earlier frames; `groups` from
-        visibility()."""
+        `views` is a list of (query frames, key frames, rope table of the queries, of the keys, groups from visibility()),
+        as a rule a single one; `past` = (k, v) of earlier frames, which come before x among the keys."""
         split = lambda y: rearrange(y, "b f n (h d) -> b f n h d", h=self.heads)
         v = split(self.v(x))
         q, k = split(self.normed(x, "q")).to(v.dtype), split(self.normed(x, "k")).to(v.dtype)
         keys, values = (k, v) if past is None else (torch.cat([past[0], k], 1), torch.cat([past[1], v], 1))
-        y = framewise_attention(rotate(q, rope[0]), rotate(keys, rope[1]), values, groups)
-        return self.o(y), (k, v)
+        y = [framewise_attention(rotate(q[:, queries], rope_q), rotate(keys[:, seen], rope_k), values[:, seen], groups)
+             for queries, seen, rope_q, rope_k, groups in views]
+        return self.o(torch.cat(y, 1)), (k, v)
 
 
 class CrossAttention(SelfAttention):
@@ -213,11 +214,11 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU("tanh"), nn.Linear(cfg.ffn_dim, cfg.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim ** 0.5)
 
-    def forward(self, x, e, text, rope, groups=None, past=None):
+    def forward(self, x, e, text, views, past=None):
         """x (b, f, n, dim), e (b, f, 6, dim) -> x, (k, v). A pure function: what to remember is returned, so that
         activation checkpointing may run it twice."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e)[:, :, :, None].unbind(2)
-        y, kv = self.self_attn(self.norm1(x) * (1 + scale1) + shift1, rope, groups, past)
+        y, kv = self.self_attn(self.norm1(x) * (1 + scale1) + shift1, views, past)
         x = x + gate1 * y
         x = x + self.cross_attn(self.norm3(x), text)
         x = x + gate2 * self.ffn(self.norm2(x) * (1 + scale2) + shift2)
@@ -253,6 +254,7 @@ class DiT(nn.Module):
     model(x, t, text)                          bidirectional pass
     model(x, t, text, mask=mask)               masked pass; mask (f, f) of frames
     model(x, t, text, cache=cache)             pass over one chunk that sees the cache
+    model(x, t, text, cache=cache, closing=3)  the same, and the first 3 frames close the chunk before in the same pass
     model(x, t, text, taps=[1, 3])             (flow, [hidden states (b, f, n, dim) after those blocks])
     """
 
@@ -278,13 +280,15 @@ class DiT(nn.Module):
         nn.init.zeros_(self.head.head.weight)
         return self
 
-    def forward(self, x, t, text, *, mask=None, positions=None, cache=None, taps=None):
+    def forward(self, x, t, text, *, mask=None, positions=None, cache=None, closing=0, taps=None):
         """x (b, f, c, h, w), t (b, f) in [0, 1], text (b, l, text_dim) -> flow (b, f, c, h, w).
 
         mask       (f, f) bool of frames, [query, key]; None: everything is seen
         positions  f frame positions for RoPE; default 0 .. f-1
         cache      KVCache: x is the chunk that follows it, is given the positions that follow, and is remembered
                    there as the present chunk
+        closing    with a cache: so many frames at the front of x are the finished chunk before, whose own context pass
+                   (t = 0) rides along; they see what that pass would see, the rest sees what it would see after it
         taps       indices of blocks whose hidden states are returned as well
         Raises ValueError for sides that do not divide into patches and for too long a text."""
         p, (b, f, c, h, w) = self.cfg.patch, x.shape
@@ -299,15 +303,15 @@ class DiT(nn.Module):
         e6 = rearrange(self.time_projection(e).float(), "b f (six d) -> b f six d", six=6)
         text = self.text_embedding(F.pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1])))
 
-        past, q_pos, k_pos = None, positions or range(f), positions or range(f)
-        if cache is not None:
-            past, (q_pos, k_pos) = cache.past, cache.positions(f)
+        everything, pos = slice(None), positions or range(f)
+        seen = [(everything, everything, pos, pos)] if cache is None else cache.views(f, closing)
+        groups, past = None if mask is None else visibility(mask), cache and cache.past
         table = lambda pos: rope_table(tuple(pos), h // p, w // p, self.cfg.dim // self.cfg.num_heads, x.device)
-        rope, groups = (table(q_pos), table(k_pos)), None if mask is None else visibility(mask)
+        views = [(queries, keys, table(q_pos), table(k_pos), groups) for queries, keys, q_pos, k_pos in seen]
 
         hidden, present = [], []
         for i, block in enumerate(self.blocks):
-            x, kv = block(x, e6, text, rope, groups, past[i] if past else None)
+            x, kv = block(x, e6, text, views, past[i] if past else None)
             present.append(kv)
             if taps and i in taps:
                 hidden.append(x)
@@ -372,24 +376,34 @@ class KVCache:
         self.kept = []       # frame number in the video of every frame in `past`
         self.seen = 0        # frames committed so far
 
-    def positions(self, frames):
-        """RoPE positions of a chunk of `frames` frames and of all that it sees, itself included."""
-        keys = self.kept + list(range(self.seen, self.seen + frames))
-        if self.relative:
-            keys = list(range(len(keys)))
-        return keys[-frames:], keys
+    def views(self, frames, closing=0):
+        """Who sees what when `frames` frames follow: [(query frames, key frames, positions of the queries, of the keys)].
 
-    def commit(self):
-        """The current chunk becomes past; the oldest frames beyond sink + window are forgotten."""
-        frames = self.present[0][0].shape[1]
+        With `closing`, the first so many of them see what stands now, the others what commit(closing) would leave."""
+        parts, old = [], len(self.kept)
+        for start, end, keys in ((0, closing, list(range(old))), (closing, frames, self.left(closing))):
+            keys = keys + list(range(old + start, old + end))
+            pos = range(len(keys)) if self.relative else [(self.kept + list(range(self.seen, self.seen + frames)))[i] for i in keys]
+            whole = keys == list(range(len(keys)))
+            if end > start:
+                parts.append((slice(start, end), slice(0, len(keys)) if whole else keys, pos[start - end:], pos))
+        return parts
+
+    def left(self, frames):
+        """Which of the kept frames and `frames` that follow them remain once these are committed: their indices."""
+        total = len(self.kept) + frames
+        drop = 0 if self.window is None else max(0, total - self.sink - self.window)
+        return [i for i in range(total) if not self.sink <= i < self.sink + drop]
+
+    def commit(self, frames=None):
+        """The present chunk, or its first `frames` frames, becomes past; the oldest beyond sink + window are forgotten."""
+        frames = self.present[0][0].shape[1] if frames is None else frames
+        keep = self.left(frames)
+        now, self.present = [tuple(x[:, :frames] for x in kv) for kv in self.present], [tuple(x[:, frames:] for x in kv) for kv in self.present]
         self.kept += range(self.seen, self.seen + frames)
         self.seen += frames
         if self.past is not None:
-            self.present = [(torch.cat([pk, k], 1), torch.cat([pv, v], 1))
-                            for (pk, pv), (k, v) in zip(self.past, self.present)]
-        drop = 0 if self.window is None else len(self.kept) - self.sink - self.window
-        if drop > 0:
-            keep = [i for i in range(len(self.kept)) if not self.sink <= i < self.sink + drop]
-            self.kept = [self.kept[i] for i in keep]
-            self.present = [(k[:, keep], v[:, keep]) for k, v in self.present]
-        self.past, self.present = self.present, None
+            now = [(torch.cat([pk, k], 1), torch.cat([pv, v], 1)) for (pk, pv), (k, v) in zip(self.past, now)]
+        if len(keep) < len(self.kept):
+            self.kept, now = [self.kept[i] for i in keep], [(k[:, keep], v[:, keep]) for k, v in now]
+        self.past = now

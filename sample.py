@@ -75,20 +75,32 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
                    None: the cache is what the last pass left, and the context pass is saved
     """
     cfg = model.cfg
-    cache = KVCache(cfg.sink, cfg.window)
+    cache, context = KVCache(cfg.sink, cfg.window), None  # context: a finished chunk on its way into the cache, and its times
 
-    def remember(x):
-        if context_level is not None or cache.present is None:
-            level = context_level or 0.0
-            noisy = add_noise(x, randn(x.shape[1]), frame_times(level, x, 0)) if level else x
+    def finished(x):
+        level = context_level or 0.0
+        noisy = add_noise(x, randn(x.shape[1]), frame_times(level, x, 0)) if level else x
+        return noisy.detach(), frame_times(level, x, 0)
+
+    def flow(x, t):
+        nonlocal context
+        if context is None:
+            return model(x, t, text, cache=cache)
+        before, n = context, context[0].shape[1]
+        context = None
+        if torch.is_grad_enabled():  # a pass of its own, so that no gradient reaches the weights through the cache
             with torch.no_grad():
-                model(noisy.detach(), frame_times(level, x, 0), text, cache=cache)
-        cache.commit()
+                model(*before, text, cache=cache)
+            cache.commit()
+            return model(x, t, text, cache=cache)
+        both = model(torch.cat([before[0], x], 1), torch.cat([before[1], t], 1), text, cache=cache, closing=n)
+        cache.commit(n)
+        return both[:, n:]
 
     written, plan = first.shape[1], list(steps) if isinstance(steps, (list, tuple)) else [steps]
     if written:
         yield first
-        remember(first)
+        context = finished(first)
     while frames is None or written < frames:
         times = schedule(plan.pop(0) if len(plan) > 1 else plan[0], cfg.shift)
         last = len(times) - 1 if exit_step is None else min(exit_step, len(times) - 1)
@@ -96,15 +108,15 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
         for i, t in enumerate(times[:last + 1]):
             t = frame_times(t, x, 0)
             with torch.set_grad_enabled(grad and i == last):
-                x0 = x0_from_flow(x, model(x, t, text, cache=cache), t)
+                x0 = x0_from_flow(x, flow(x, t), t)
             if i < last:
                 x = add_noise(x0, randn(cfg.chunk), frame_times(times[i + 1], x, 0))
         written += x0.shape[1]
         yield x0
-        if frames is None or written < frames:  # nobody reads the cache after the last chunk
-            remember(x0)
+        if context_level is None:
+            cache.commit()
         else:
-            cache.present = None
+            context = finished(x0)
 
 
 @torch.no_grad()

@@ -219,7 +219,7 @@ def dense_stream(net, chunks, times, text, sink, window, relative_positions=True
         if relative_positions:
             positions = list(range(len(positions)))
         cache = M.KVCache(0, None)
-        cache.positions = lambda f: (positions[-f:], positions)
+        cache.views = lambda f, closing: [(slice(None), slice(None), positions[-f:], positions)]
         if past_frames:
             cache.past = [tuple(torch.cat([pair[j] for i, pair in enumerate(layer) if i in past_frames], 1) for j in (0, 1))
                           for layer in history]
@@ -252,13 +252,31 @@ def test_eviction_equals_dense_reference(sink, window, relative_positions):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sink, window, relative_positions", [(1, 4, True), (1, 3, True), (2, 5, False), (0, None, True)])
+def test_context_pass_may_ride_along(sink, window, relative_positions):
+    """[finished chunk | next chunk] in one pass gives what two passes give, eviction in between included."""
+    net, (x, t, text) = network(tiny()), inputs(tiny(), f=16)
+    one, two = (M.KVCache(sink, window, relative_positions) for _ in range(2))
+    bounds = M.chunk_bounds(16, 1, 3)
+    for (a, b), (c, d) in zip(bounds, bounds[1:]):
+        net(x[:, a:b], 0 * t[:, a:b], text, cache=two)
+        two.commit()
+        expected = net(-x[:, c:d], t[:, c:d], text, cache=two)
+        both = net(torch.cat([x[:, a:b], -x[:, c:d]], 1), torch.cat([0 * t[:, a:b], t[:, c:d]], 1), text, cache=one, closing=b - a)
+        one.commit(b - a)
+        assert relative(both[:, b - a:], expected) < 1e-5 and one.kept == two.kept
+        for mine, theirs in zip(one.past + one.present, two.past + two.present):
+            assert relative(mine[0], theirs[0]) < 1e-5 and relative(mine[1], theirs[1]) < 1e-5
+
+
+@torch.no_grad()
 def test_stream_memory_is_constant_and_positions_bounded():
     cfg = tiny(sink=1, window=4)
     net, (x, t, text), cache = network(cfg), inputs(cfg, f=3), M.KVCache(1, 4)
     sizes = []
     for _ in range(8):
         net(x, t, text, cache=cache)
-        assert max(cache.positions(3)[1]) <= 7
+        assert max(cache.views(3)[0][3]) <= 7
         cache.commit()
         sizes.append(sum(k.numel() + v.numel() for k, v in cache.past))
     assert len(set(sizes[2:])) == 1
@@ -719,6 +737,9 @@ def test_gradient_of_a_rollout_reaches_only_the_exit_pass(small_run):
         return noises[-1]
 
     one, two, three = sample.rollout(net, first, text, randn, 7, steps=2, grad=True)
+    again = iter(list(noises))
+    merged = list(sample.rollout(net, first, text, lambda _: next(again), 7, steps=2))  # context passes ride along
+    assert all(relative(a, b) < 1e-5 for a, b in zip(merged, (one, two, three))) and not merged[-1].requires_grad
     grads = torch.autograd.grad(three.sum(), noises, allow_unused=True)
     assert [x is not None for x in grads] == [False, False, False, True]  # noise and re-noise of two chunks
     assert torch.autograd.grad(two.sum(), list(net.parameters()), allow_unused=True)[0] is not None
@@ -753,12 +774,12 @@ def test_bad_sampling_is_one_sentence(small_run, tmp_path, monkeypatch, capsys, 
 
 
 def test_more_passes_cost_more_time(small_run):
-    """Four network passes a chunk against one, in the same run. A context pass is paid by both."""
+    """Four network passes a chunk against one; the context pass rides along with the next chunk's first."""
     net, codec, settings = sample.load_stage(small_run / "stage3")
     text, first, g = torch.zeros(1, 6, 32), torch.zeros(1, 1, 8, 8, 8), torch.Generator()
     passes = []
     hook = net.register_forward_pre_hook(lambda *_: passes.append(1))
-    for steps, expected in ((1, 1 + 2 * 2 - 1), (4, 1 + 2 * 5 - 1)):  # image, then (steps + context) a chunk; none after the last
+    for steps, expected in ((1, 2), (4, 8)):
         passes.clear()
         list(sample.rollout(net, first, text, lambda f: torch.randn(1, f, 8, 8, 8, generator=g), 7, steps))
         assert len(passes) == expected

@@ -95,6 +95,7 @@ class TrainConfig(Config):
     critic_betas: tuple = (0.5, 0.99)  # Adam's, for the critics
     critic_updates: int = 2         # critic steps per generator step
     critic_warmup: int = 15         # first steps, in which only the critic learns
+    critic_pool: int = 1            # latest rollouts that the critics draw on; 1: the current one alone
     score_shift: float = 1.5        # timestep shift of the level at which the scores are compared
     stop_motion: float = 0.6        # stop stage 2 once motion has fallen to this fraction of its best; 0: never stop early
     # stage 3: the discriminator
@@ -109,6 +110,7 @@ class TrainConfig(Config):
     r_weight: float = 20.0          # lambda of the approximate R1 and R2
     r_sigma: float = 0.1            # their perturbation
     r_every: int = 2                # critic steps between two of them
+    gan_views: int = 1              # noisings of a clip that the generator's adversarial gradient is the mean of
 
 
 RECIPES = {  # preset -> stage -> what differs from the defaults
@@ -271,7 +273,7 @@ class Run:
         self.device = torch.device(cfg.device)
         self.dir = stage_folder(cfg)
         self.data, self.words = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim)
-        self.nets, self.opts = {}, {}
+        self.nets, self.opts, self.pool = {}, {}, []
         torch.manual_seed(cfg.seed)
 
     def autocast(self):
@@ -413,12 +415,14 @@ def judge(run, x, batch, t, eps):
 def gan_gradient(run, x, batch, draws):
     """Stage III: the direction in which the discriminator finds the student's clip more real (paper eq. 8)."""
     cfg, k = run.cfg, run.cfg.first
-    clip = x[:, k:].clone().requires_grad_()
-    t, eps = judged_level(cfg, draws, x), draws.randn(*x.shape[1:])
-    fake = judge(run, torch.cat([x[:, :k], clip], 1), batch, t, eps)
-    with torch.no_grad():
-        real = judge(run, batch.x0, batch, t, eps)  # same noise, same level, same image: a pair
-    grad, = torch.autograd.grad(L.GAN_LOSSES[cfg.gan_loss][1](real, fake), clip)
+    clip, loss = x[:, k:].clone().requires_grad_(), 0.0
+    for _ in range(cfg.gan_views):
+        t, eps = judged_level(cfg, draws, x), draws.randn(*x.shape[1:])
+        fake = judge(run, torch.cat([x[:, :k], clip], 1), batch, t, eps)
+        with torch.no_grad():
+            real = judge(run, batch.x0, batch, t, eps)  # same noise, same level, same image: a pair
+        loss = loss + L.GAN_LOSSES[cfg.gan_loss][1](real, fake) / cfg.gan_views
+    grad, = torch.autograd.grad(loss, clip)
     return grad, {"gan": grad.norm().item()}
 
 
@@ -481,11 +485,13 @@ def distil_step(run):
         clips.append((batch, x.detach()))
     if moving:
         log["grad"] = run.update("student")
+    run.pool = [*run.pool, clips][-cfg.critic_pool:]
     for update in range(cfg.critic_updates):
+        pick = int(Draws([0], cfg.seed, cfg.stage, run.step, update, "pool").choice([1.0] * len(run.pool), 1))
         if cfg.dmd:
-            log.update(fake_score_step(run, clips, update))
+            log.update(fake_score_step(run, run.pool[pick], update))
         if cfg.gan:
-            log.update(disc_step(run, clips, update))
+            log.update(disc_step(run, run.pool[pick], update))
     log["motion"] = motion(torch.cat([x for _, x in clips])) / motion(torch.cat([b.x0 for b, _ in clips]))
     return log
 
