@@ -47,7 +47,7 @@ class Config:
     first: int = 1              # latent frames of the conditioning image, a chunk of its own; 0: text alone
     chunk: int = 3              # latent frames written together
     sink: int = 1               # earliest frames kept in the cache for ever
-    window: int = 12            # latest generated frames kept in the cache, before the current chunk
+    window: int = 9             # latest generated frames kept in the cache, before the current chunk
     shift: float = 8.0          # timestep shift s: t' = s t / (1 + (s - 1) t)
 
 

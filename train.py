@@ -39,7 +39,7 @@ import losses as L
 from data import (PatchCodec, Draws, WordEncoder, dataset, explain, held_out, read_tensors, save_tensors, write_gif_grid,
                   write_sheet, written_whole)
 from discriminator import Discriminator
-from model import PRESETS, Config, UsageError, block_causal_mask, build, chunk_bounds
+from model import PRESETS, Config, UsageError, block_causal_mask, build, chunk_bounds, load_into
 from sample import animate, frame_times, guided, load_stage, rollout, sample_ode, schedule
 
 
@@ -82,7 +82,7 @@ class TrainConfig(Config):
     train_shift: float = 6.0        # timestep shift of training times: high, or the direction of motion is learnt late
     # stage 1: ODE initialisation
     trajectories: int = 128         # teacher trajectories to regress on
-    ode_steps: int = 16             # Euler steps of a trajectory
+    ode_steps: int = 8              # Euler steps of a trajectory
     guidance: float = 1.5           # classifier-free guidance of the teacher; 1: none
     levels: int = 4                 # states of a trajectory that are kept, those a `levels`-step sampler would visit
     level_weights: tuple = (0.4, 0.1, 0.1, 0.1, 0.3)  # how often a chunk gets each level, from noise to clean
@@ -95,7 +95,6 @@ class TrainConfig(Config):
     critic_betas: tuple = (0.5, 0.99)  # Adam's, for the critics
     critic_updates: int = 2         # critic steps per generator step
     critic_warmup: int = 15         # first steps, in which only the critic learns
-    critic_pool: int = 1            # latest rollouts that the critics draw on; 1: the current one alone
     score_shift: float = 1.5        # timestep shift of the level at which the scores are compared
     stop_motion: float = 0.6        # stop stage 2 once motion has fallen to this fraction of its best; 0: never stop early
     # stage 3: the discriminator
@@ -110,13 +109,12 @@ class TrainConfig(Config):
     r_weight: float = 20.0          # lambda of the approximate R1 and R2
     r_sigma: float = 0.1            # their perturbation
     r_every: int = 2                # critic steps between two of them
-    gan_views: int = 1              # noisings of a clip that the generator's adversarial gradient is the mean of
 
 
 RECIPES = {  # preset -> stage -> what differs from the defaults
     "toy": {
-        0: dict(iters=2000, muon_lr=0.02, warmup=30, decay=0.4, ema=0.99),
-        1: dict(iters=90, muon_lr=0.01, decay=0.5),
+        0: dict(iters=2700, muon_lr=0.02, warmup=30, decay=0.4, ema=0.99),
+        1: dict(iters=60, muon_lr=0.01, decay=0.5),
         2: dict(iters=170, dmd=1.0, lr=3e-4, betas=(0.5, 0.99), ema=0.95),
         3: dict(iters=90, gan=1.0, dmd=1.0, gan_ratio=0.3, lr=3e-4, betas=(0.5, 0.99), ema=0.95, critic_lr=5e-4,
                 critic_betas=(0.0, 0.99), critic_updates=3, critic_warmup=20),  # alone, the GAN term did not help: see README
@@ -273,7 +271,7 @@ class Run:
         self.device = torch.device(cfg.device)
         self.dir = stage_folder(cfg)
         self.data, self.words = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim)
-        self.nets, self.opts, self.pool = {}, {}, []
+        self.nets, self.opts = {}, {}
         torch.manual_seed(cfg.seed)
 
     def autocast(self):
@@ -415,14 +413,12 @@ def judge(run, x, batch, t, eps):
 def gan_gradient(run, x, batch, draws):
     """Stage III: the direction in which the discriminator finds the student's clip more real (paper eq. 8)."""
     cfg, k = run.cfg, run.cfg.first
-    clip, loss = x[:, k:].clone().requires_grad_(), 0.0
-    for _ in range(cfg.gan_views):
-        t, eps = judged_level(cfg, draws, x), draws.randn(*x.shape[1:])
-        fake = judge(run, torch.cat([x[:, :k], clip], 1), batch, t, eps)
-        with torch.no_grad():
-            real = judge(run, batch.x0, batch, t, eps)  # same noise, same level, same image: a pair
-        loss = loss + L.GAN_LOSSES[cfg.gan_loss][1](real, fake) / cfg.gan_views
-    grad, = torch.autograd.grad(loss, clip)
+    clip = x[:, k:].clone().requires_grad_()
+    t, eps = judged_level(cfg, draws, x), draws.randn(*x.shape[1:])
+    fake = judge(run, torch.cat([x[:, :k], clip], 1), batch, t, eps)
+    with torch.no_grad():
+        real = judge(run, batch.x0, batch, t, eps)  # same noise, same level, same image: a pair
+    grad, = torch.autograd.grad(L.GAN_LOSSES[cfg.gan_loss][1](real, fake), clip)
     return grad, {"gan": grad.norm().item()}
 
 
@@ -485,13 +481,11 @@ def distil_step(run):
         clips.append((batch, x.detach()))
     if moving:
         log["grad"] = run.update("student")
-    run.pool = [*run.pool, clips][-cfg.critic_pool:]
     for update in range(cfg.critic_updates):
-        pick = int(Draws([0], cfg.seed, cfg.stage, run.step, update, "pool").choice([1.0] * len(run.pool), 1))
         if cfg.dmd:
-            log.update(fake_score_step(run, run.pool[pick], update))
+            log.update(fake_score_step(run, clips, update))
         if cfg.gan:
-            log.update(disc_step(run, run.pool[pick], update))
+            log.update(disc_step(run, clips, update))
     log["motion"] = motion(torch.cat([x for _, x in clips])) / motion(torch.cat([b.x0 for b, _ in clips]))
     return log
 
@@ -515,7 +509,8 @@ def prepare(run):
         run.codec = PatchCodec.fit(raw, cfg.codec_patch, cfg.in_dim)
         student = build(cfg).init_weights()
     else:
-        student, run.codec, settings = load_stage(cfg.init or Path(cfg.out) / f"stage{cfg.stage - 1}")
+        before = Path(cfg.init or Path(cfg.out) / f"stage{cfg.stage - 1}")
+        student, run.codec, settings = load_stage(before)
         match(cfg, settings)
     run.add("ema", build_like(student))
     run.add("student", student, [("", cfg.lr)])
@@ -525,7 +520,10 @@ def prepare(run):
         if cfg.stage == 1 or cfg.dmd:
             run.add("teacher", build_like(teacher))
         if cfg.dmd:
-            run.add("fake", build_like(teacher), [("", cfg.critic_lr)])
+            fake = build_like(teacher)
+            if (before / "fake.safetensors").is_file():  # it has followed this very student: go on from there
+                load_into(fake, read_tensors(before / "fake.safetensors"), before / "fake.safetensors")
+            run.add("fake", fake, [("", cfg.critic_lr)])
         if cfg.gan:
             backbone = build_like(student if cfg.disc_causal else teacher)
             disc = Discriminator(backbone, cfg.disc_layers, cfg.disc_causal, cfg.disc_framewise, cfg.disc_queries)
@@ -607,9 +605,10 @@ def load_state(run):
 
 
 def export(run):
-    """Plain safetensors of the student and of its running average, for the next stage and for sample.py."""
+    """Plain safetensors: the student and its running average for sample.py, all that the next stage starts from."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    for name, file in (("student", "weights.safetensors"), ("ema", "ema.safetensors")):
+    for name in [name for name in ("student", "ema", "fake") if name in run.nets]:
+        file = "weights.safetensors" if name == "student" else f"{name}.safetensors"
         tensors = get_model_state_dict(run.nets[name], options=options)
         if run.rank == 0:
             save_tensors(run.dir / file, tensors)
