@@ -316,7 +316,7 @@ class DiT(nn.Module):
             if taps and i in taps:
                 hidden.append(x)
         if cache is not None:
-            cache.present = [(k.detach(), v.detach()) for k, v in present]
+            cache.present = [(k.detach(), v.detach()) for k, v in present] if cache.detach else present
         flow = rearrange(self.head(x, e), "b f (h w) (p q c) -> b f c (h p) (w q)", h=h // p, p=p, q=p)
         return (flow, hidden) if taps else flow
 
@@ -363,14 +363,14 @@ class KVCache:
 
     Keys are stored BEFORE RoPE and are given positions when they are read, counted inside [sink | window | chunk]
     (StreamingLLM, 2309.17453; AAD-1 section 3.1): distances never leave the trained range, however long the stream.
-    With relative=False positions are frame numbers in the video, as in Self Forcing.
+    With relative=False positions are frame numbers in the video, as in Self Forcing. With detach=False gradients pass.
 
     A pass over a chunk writes `present`, over whatever an earlier pass on the same chunk wrote; commit() ends the chunk.
     Memory is constant: (sink + window + chunk) * tokens * 2 * dim values a layer.
     """
 
-    def __init__(self, sink=1, window=None, relative=True):
-        self.sink, self.window, self.relative = sink, window, relative
+    def __init__(self, sink=1, window=None, relative=True, detach=True):
+        self.sink, self.window, self.relative, self.detach = sink, window, relative, detach
         self.past = None     # per layer (k, v), each (b, kept frames, n, heads, d)
         self.present = None  # the same for the current chunk
         self.kept = []       # frame number in the video of every frame in `past`

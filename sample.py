@@ -61,7 +61,8 @@ def sample_ode(velocity, noise, first, times, keep=()):
     return (x, kept) if keep else x
 
 
-def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=False, context_level=0.0):
+def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=False, context_level=0.0,
+            cache_grad=False):
     """Write a video chunk after chunk; yields (b, chunk, c, h, w), the given frames `first` before all others.
 
     model          causal student; model.cfg says chunk, sink, window and shift (paper eq. 1)
@@ -70,12 +71,14 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
     frames         stop once so many are written, the given ones included (the last chunk is always whole); None: endless
     steps          network passes a chunk; a list gives every chunk its own, the last entry for all that follow
     exit_step      leave after this pass (0-based) instead of the last (Self Forcing draws it at random)
-    grad           let the exit pass of every chunk carry a gradient; nothing flows through the cache
+    grad           let the exit pass of every chunk carry a gradient
     context_level  noise level at which a finished chunk enters the cache (0 in the paper; Diagonal Forcing: 0.1);
                    None: the cache is what the last pass left, and the context pass is saved
+    cache_grad     let gradients reach the weights through the context passes too: what a chunk leaves in the cache is
+                   then trained for the chunks that read it. Never from one chunk's pixels to another's
     """
     cfg = model.cfg
-    cache, context = KVCache(cfg.sink, cfg.window), None  # context: a finished chunk on its way into the cache, and its times
+    cache, context = KVCache(cfg.sink, cfg.window, detach=not cache_grad), None  # context: a finished chunk on its way into the cache, and its times
 
     def finished(x):
         level = context_level or 0.0
@@ -88,7 +91,7 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
             return model(x, t, text, cache=cache)
         before, n = context, context[0].shape[1]
         context = None
-        if torch.is_grad_enabled():  # a pass of its own, so that no gradient reaches the weights through the cache
+        if torch.is_grad_enabled() and not cache_grad:  # a pass of its own, so that no gradient reaches the weights through the cache
             with torch.no_grad():
                 model(*before, text, cache=cache)
             cache.commit()

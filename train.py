@@ -88,6 +88,7 @@ class TrainConfig(Config):
     level_weights: tuple = (0.4, 0.1, 0.1, 0.1, 0.3)  # how often a chunk gets each level, from noise to clean
     # stages 2 and 3: the student's own rollouts
     student_steps: int = 1          # network passes per chunk
+    cache_grad: bool = False        # gradients also through the passes that fill the cache; no: as in Self Forcing
     dmd: float = 0.0                # weight of the DMD term
     gan: float = 0.0                # weight of the adversarial term
     gan_ratio: float = 0.0          # with both terms: norm of the adversarial gradient over DMD's (One-Forcing); 0: as it comes
@@ -468,7 +469,7 @@ def distil_step(run):
         noise = lambda frames: batch.draws.randn(frames, *batch.x0.shape[2:])
         with run.autocast():
             x = torch.cat(list(rollout(run.nets["student"], batch.given(cfg), batch.text, noise, cfg.frames,
-                                       cfg.student_steps, exit_step, grad=moving)), 1)
+                                       cfg.student_steps, exit_step, grad=moving, cache_grad=cfg.cache_grad)), 1)
         if moving:
             grads = []
             for weight, term in terms:

@@ -5,7 +5,8 @@
     python experiments/ablations.py --out out/table --judges                   also the four discriminators of the paper's table 3
 
     stage0 .. stage3       the recipe
-    stage2-longer          the control of stage 3: stage 2 goes on for as long as stage 3 takes
+    stage2-longer          a control of stage 3: stage 2 goes on for as long as stage 3 takes
+    stage3-no-gan          the other control: all of stage 3 but its discriminator
     stage3-no-warmup       stage 3 from stage 1, without DMD (the paper's table 2)
     stage3-<judge>         causal or bidirectional, frame-wise or video-wise (the paper's table 3)
 """
@@ -25,7 +26,8 @@ from data import explain
 from model import UsageError
 
 RECIPE = [("stage0", "--stage 0"), ("stage1", "--stage 1"), ("stage2", "--stage 2"), ("stage3", "--stage 3")]
-CONTROLS = [("stage2-longer", "--stage 2 --tag longer --init {out}/stage2 --iters 200 --stop-motion 0 --critic-warmup 0"),
+CONTROLS = [("stage2-longer", "--stage 2 --tag longer --init {out}/stage2 --iters 150 --stop-motion 0 --critic-warmup 0"),
+            ("stage3-no-gan", "--stage 3 --tag no-gan --gan 0"),
             ("stage3-no-warmup", "--stage 3 --tag no-warmup --init {out}/stage1")]
 JUDGES = [("stage3-causal-framewise", "--stage 3 --tag causal-framewise --disc-causal --disc-framewise"),
           ("stage3-causal-video", "--stage 3 --tag causal-video --disc-causal"),
@@ -101,7 +103,8 @@ def main(argv=None):
     if not scores:
         raise UsageError(f"nothing finished in {args.out}: run this command without --print")
     print(table(scores))
-    for a, b in (("stage2", "stage1"), ("stage3", "stage2"), ("stage3", "stage2-longer"), ("stage3-no-warmup", "stage3")):
+    for a, b in (("stage2", "stage1"), ("stage3", "stage2"), ("stage3", "stage2-longer"), ("stage3", "stage3-no-gan"),
+                 ("stage3-no-warmup", "stage3")):
         print(ratios(scores, a, b))
 
 
