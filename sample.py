@@ -91,10 +91,10 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
             return model(x, t, text, cache=cache)
         before, n = context, context[0].shape[1]
         context = None
-        if torch.is_grad_enabled() and not cache_grad:  # a pass of its own, so that no gradient reaches the weights through the cache
-            with torch.no_grad():
+        if grad and torch.is_grad_enabled() != cache_grad:  # one of the two is to carry a gradient, the other not
+            with torch.set_grad_enabled(cache_grad):
                 model(*before, text, cache=cache)
-            cache.commit()
+                cache.commit()
             return model(x, t, text, cache=cache)
         both = model(torch.cat([before[0], x], 1), torch.cat([before[1], t], 1), text, cache=cache, closing=n)
         cache.commit(n)

@@ -609,6 +609,7 @@ def test_every_stage_leaves_its_files_and_learns(small_run, capsys):
         folder = small_run / f"stage{stage}"
         names = {p.name for p in folder.iterdir()}
         assert {"weights.safetensors", "ema.safetensors", "codec.safetensors", "config.json", "log.jsonl", "metrics.json", "state"} <= names
+        assert (folder / "fake.safetensors").is_file() == (stage > 1)  # stage 3 goes on with the fake score of stage 2
         assert len(logs(folder)) == 3 and json.loads((folder / "config.json").read_text())["stage"] == stage
         if stage:
             before, after = load_file(folder.parent / f"stage{stage - 1}" / "ema.safetensors"), weights(folder)
@@ -725,6 +726,12 @@ def test_early_stop_on_motion_and_on_quality():
     assert not any(stop(dict(grad=1.0, motion=m, distance=0.2)) for m in (1, 0.1, 0.01, 0))
 
 
+def sample_again(net, first, text, noises):
+    """The sum of the last chunk of the same rollout, with gradients through its exit pass alone."""
+    again = iter(noises)
+    return list(sample.rollout(net, first, text, lambda _: next(again), 7, steps=2, grad=True))[-1].sum()
+
+
 def test_gradient_of_a_rollout_reaches_only_the_exit_pass(small_run):
     """Through one chunk's exit pass there is a gradient, through the cache there is none."""
     net, _, settings = sample.load_stage(small_run / "stage1")
@@ -737,12 +744,21 @@ def test_gradient_of_a_rollout_reaches_only_the_exit_pass(small_run):
         return noises[-1]
 
     one, two, three = sample.rollout(net, first, text, randn, 7, steps=2, grad=True)
-    again = iter(list(noises))
+    made = list(noises)
+    again = iter(made)
     merged = list(sample.rollout(net, first, text, lambda _: next(again), 7, steps=2))  # context passes ride along
     assert all(relative(a, b) < 1e-5 for a, b in zip(merged, (one, two, three))) and not merged[-1].requires_grad
     grads = torch.autograd.grad(three.sum(), noises, allow_unused=True)
     assert [x is not None for x in grads] == [False, False, False, True]  # noise and re-noise of two chunks
     assert torch.autograd.grad(two.sum(), list(net.parameters()), allow_unused=True)[0] is not None
+
+    again = iter(made)
+    *_, last = sample.rollout(net, first, text, lambda _: next(again), 7, steps=2, grad=True, cache_grad=True)
+    key = net.blocks[0].self_attn.k.weight
+    assert relative(last, three) < 1e-5  # the same clip, but what fills the cache has a part in it now ...
+    assert relative(torch.autograd.grad(last.sum(), key, retain_graph=True)[0], torch.autograd.grad(
+        sample_again(net, first, text, made), key)[0]) > 1e-3
+    assert [x is not None for x in torch.autograd.grad(last.sum(), made, allow_unused=True)] == [False, False, False, True]
 
 
 # ---------------------------------------------------------------- sampling
