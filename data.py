@@ -98,6 +98,7 @@ class ToyWorld:
     is told by nobody, so a clip has many futures. A `state` holds all there is to know, a dict of tensors:
     kind, colour, direction (b,); start, velocity (b, 2) in pixels and pixels a frame; ground (b, 2, 3) two colours,
     ripple (b, 3) angle, phase, wavelength. Raises UsageError for frames too small for the shape."""
+    latent = False
 
     def __init__(self, size=32, frames=16):
         if size < 24:
@@ -177,6 +178,7 @@ class VideoFolder:
     Videos are files (mp4, webm, mov, gif, ...) or folders of numbered images; the caption is a .txt file of the same name
     beside them. Frames are resampled to `fps` (0: as they are), the short side is resized, the centre is kept. All
     frames are held in memory, which is right for the toy preset. Raises UsageError, naming the file and the remedy."""
+    latent = False
 
     def __init__(self, folder, size, frames, fps=0.0):
         folder = Path(folder)
@@ -209,8 +211,42 @@ class VideoFolder:
         return {"video": video, "text": [self.texts[w] for w, _ in rows]}
 
 
+class LatentFolder:
+    """Clips that have been encoded: a .safetensors file each, with `latents` (f, c, h, w) and `text` (l, d), the embedded caption.
+
+    What training at Wan scale reads. A clip is the first `frames` frames of a file, since the first latent frame of a video
+    VAE is special. Raises UsageError, naming the file, for what does not fit."""
+    latent = True
+
+    def __init__(self, folder, frames):
+        self.paths, self.frames = sorted(Path(folder).glob("*.safetensors")), frames
+
+    def check(self, cfg):
+        """UsageError unless channels and text are what the network of `cfg` takes."""
+        x, text = (self.batch([0])[name].shape for name in ("latents", "embeddings"))
+        if x[2] != cfg.in_dim or text[2] != cfg.text_dim or text[1] > cfg.text_len or x[3] % cfg.patch or x[4] % cfg.patch:
+            raise UsageError(f"{self.paths[0]} has latents {tuple(x[1:])} and text {tuple(text[1:])}, the network takes {cfg.in_dim} channels, "
+                             f"sides that divide by {cfg.patch}, text up to {cfg.text_len} x {cfg.text_dim}: choose the preset they were made for")
+
+    def batch(self, indices):
+        clips = [self._read(self.paths[np.random.default_rng(int(i)).integers(len(self.paths))]) for i in indices]
+        length = max(len(clip["text"]) for clip in clips)
+        return {"latents": torch.stack([clip["latents"][:self.frames].float() for clip in clips]),
+                "embeddings": torch.stack([F.pad(clip["text"].float(), (0, 0, 0, length - len(clip["text"]))) for clip in clips])}
+
+    def _read(self, path):
+        clip = read_tensors(path)
+        if not {"latents", "text"} <= clip.keys() or clip["latents"].ndim != 4 or clip["text"].ndim != 2:
+            raise UsageError(f"{path} holds no clip, which is latents (f, c, h, w) and text (l, d): remove it from the folder")
+        if len(clip["latents"]) < self.frames:
+            raise UsageError(f"{path} has {len(clip['latents'])} latent frames, a clip needs {self.frames}: remove it, or lower --frames")
+        return clip
+
+
 def dataset(cfg):
-    """The data that a Config asks for: the toy world, or the folder named by --data."""
+    """The data that a Config asks for: the toy world, or the folder of videos or latents named by --data."""
+    if cfg.data and any(Path(cfg.data).glob("*.safetensors")):
+        return LatentFolder(cfg.data, cfg.frames)
     return VideoFolder(cfg.data, cfg.size, cfg.frames, cfg.fps) if cfg.data else ToyWorld(cfg.size, cfg.frames)
 
 
@@ -413,7 +449,10 @@ def main(argv=None):
     parser.add_argument("--fps", type=float, default=0.0, help="resample to this rate; 0: every frame")
     parser.add_argument("--clips", type=int, default=8, help="rows of the sheet")
     args = parser.parse_args(argv)
-    batch = dataset(args).batch(range(args.clips))
+    data = dataset(args)
+    if data.latent:
+        raise UsageError(f"{args.data} holds latents, which cannot be shown: --preview takes a folder of videos")
+    batch = data.batch(range(args.clips))
     write_sheet(args.preview, batch["video"])
     for caption in batch["text"]:
         print(caption or "(no caption)")

@@ -37,15 +37,16 @@ class QueryHead(nn.Module):
 class Discriminator(nn.Module):
     """Logits of noised clips: (b,) video-wise, (b, f) frame-wise.
 
-    backbone   a DiT; its flow head is not used (One-Forcing shares it with the fake score)
+    backbone   a DiT; its flow head is not used (One-Forcing shares it with the fake score); None: heads alone, of `cfg`
     layers     indices of the blocks that are asked (Wan 14B: 19, 29, 39 of 40)
     """
 
-    def __init__(self, backbone, layers, causal=False, framewise=False, queries=1):
+    def __init__(self, backbone, layers, causal=False, framewise=False, queries=1, cfg=None):
         super().__init__()
-        dim = backbone.cfg.dim
+        cfg = cfg or backbone.cfg
+        dim = cfg.dim
         self.backbone, self.layers, self.causal, self.framewise = backbone, list(layers), causal, framewise
-        self.heads = nn.ModuleList(QueryHead(dim, backbone.cfg.num_heads, queries) for _ in layers)
+        self.heads = nn.ModuleList(QueryHead(dim, cfg.num_heads, queries) for _ in layers)
         self.norm = nn.LayerNorm(len(self.layers) * queries * dim)
         self.out = nn.Linear(len(self.layers) * queries * dim, 1)
         nn.init.normal_(self.out.weight, std=1e-3)  # starts at chance, whatever the features

@@ -12,13 +12,16 @@ Parameter names are exactly those of the official checkpoints, which therefore l
 Parallelism is put on from outside (train.py): nothing here knows of devices or processes.
 """
 import functools
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from safetensors import safe_open
 
 try:  # optional: SDPA is the default and is enough
     from flash_attn import flash_attn_func
@@ -344,15 +347,59 @@ class UsageError(ValueError):
     """Something that whoever typed the command can mend: one sentence that names the thing and the remedy."""
 
 
-def load_into(net, tensors, where):
-    """Load a state dict strictly; UsageError with the first names that do not fit."""
-    want, have = {k: v.shape for k, v in net.state_dict().items()}, {k: v.shape for k, v in tensors.items()}
+# ---------------------------------------------------------------- weights on disk
+
+def open_weights(path):
+    """A checkpoint as {name: tensor that is read from the disk when it is sliced}, in the official names.
+
+    path   a .safetensors file; a folder with one, or with a sharded set and its index.json, as Wan 2.1 is published; or a
+           .pt state dict, of which `generator_ema` or `generator` is taken where it has them (Self Forcing)
+    Raises UsageError where nothing can be read."""
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"{path} does not exist: run the stage that makes it, or check the path")
+    index = sorted(path.glob("*.safetensors.index.json"))
+    try:
+        files = ([path] if path.is_file() else sorted({path / f for f in json.loads(index[0].read_text())["weight_map"].values()})
+                 if index else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pt")))
+        parts = {}
+        for file in files:
+            if file.suffix == ".safetensors":
+                handle = safe_open(file, "pt")
+                parts |= {name: handle.get_slice(name) for name in handle.keys()}
+            else:
+                state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                state = state.get("generator_ema") or state.get("generator") or state
+                parts |= {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    except Exception as error:  # every format has its own kinds
+        raise UsageError(f"the weights in {path} cannot be read ({str(error).splitlines()[0][:200]}): download them again") from None
+    if not parts:
+        raise UsageError(f"{path} holds no weights: name a .safetensors or .pt file, or a folder of .safetensors files")
+    return parts
+
+
+def shape_of(weight):
+    """The shape of a tensor, or of a slice from open_weights()."""
+    return tuple(weight.get_shape() if hasattr(weight, "get_shape") else weight.shape)
+
+
+def load_into(net, weights, where, part=lambda p: (p, slice(None))):
+    """Fill a network strictly, one tensor at a time; UsageError with the first names that do not fit.
+
+    weights   a state dict, or open_weights()
+    part      callable parameter -> (tensor to fill, the rows of the whole that it holds), for a sharded network"""
+    params = dict(net.named_parameters())
+    want, have = {k: tuple(p.shape) for k, p in params.items()}, {k: shape_of(w) for k, w in weights.items()}
     for what, names in (("lacks", want.keys() - have.keys()), ("has unknown", have.keys() - want.keys()),
                         ("has another shape of", {k for k in want.keys() & have.keys() if want[k] != have[k]})):
         if names:
-            raise UsageError(f"{where} {what} {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''} ({len(names)} in all): "
-                             "choose the preset and flags it was trained with")
-    net.load_state_dict(tensors)
+            raise UsageError(f"{where} {what} {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''} "
+                             f"({len(names)} in all): choose the preset and flags it was trained with")
+    with torch.no_grad():
+        for name, param in params.items():
+            target, rows = part(param)
+            if target.numel():
+                target.copy_(weights[name][rows])
     return net
 
 
@@ -383,7 +430,8 @@ class KVCache:
         parts, old = [], len(self.kept)
         for start, end, keys in ((0, closing, list(range(old))), (closing, frames, self.left(closing))):
             keys = keys + list(range(old + start, old + end))
-            pos = range(len(keys)) if self.relative else [(self.kept + list(range(self.seen, self.seen + frames)))[i] for i in keys]
+            numbers = self.kept + list(range(self.seen, self.seen + frames))
+            pos = range(len(keys)) if self.relative else [numbers[i] for i in keys]
             whole = keys == list(range(len(keys)))
             if end > start:
                 parts.append((slice(start, end), slice(0, len(keys)) if whole else keys, pos[start - end:], pos))
@@ -399,7 +447,8 @@ class KVCache:
         """The present chunk, or its first `frames` frames, becomes past; the oldest beyond sink + window are forgotten."""
         frames = self.present[0][0].shape[1] if frames is None else frames
         keep = self.left(frames)
-        now, self.present = [tuple(x[:, :frames] for x in kv) for kv in self.present], [tuple(x[:, frames:] for x in kv) for kv in self.present]
+        now = [(k[:, :frames], v[:, :frames]) for k, v in self.present]
+        self.present = [(k[:, frames:], v[:, frames:]) for k, v in self.present]
         self.kept += range(self.seen, self.seen + frames)
         self.seen += frames
         if self.past is not None:

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from data import PatchCodec, VideoWriter, WordEncoder, dataset, explain, held_out, read_image, read_tensors
+from data import PatchCodec, VideoWriter, WordEncoder, dataset, explain, held_out, read_image
 from losses import add_noise, guide, shift_time, x0_from_flow
-from model import Config, KVCache, UsageError, build, load_into
+from model import Config, KVCache, UsageError, build, load_into, open_weights
 
 
 def schedule(steps, shift):
@@ -78,7 +78,8 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
                    then trained for the chunks that read it. Never from one chunk's pixels to another's
     """
     cfg = model.cfg
-    cache, context = KVCache(cfg.sink, cfg.window, detach=not cache_grad), None  # context: a finished chunk on its way into the cache, and its times
+    cache = KVCache(cfg.sink, cfg.window, detach=not cache_grad)
+    context = None  # a finished chunk on its way into the cache, and its times
 
     def finished(x):
         level = context_level or 0.0
@@ -132,18 +133,36 @@ def animate(net, settings, first, text, randn, frames, steps=None):
     return torch.cat(list(rollout(net, first, text, randn, frames, steps)), 1)[:, :frames]
 
 
+def read_settings(folder):
+    """The settings that train.py left in a stage's folder, as a dict; None where `folder` is not a stage's, but a file
+    or folder of official weights. UsageError where it is missing or damaged."""
+    folder, config = Path(folder), Path(folder) / "config.json"
+    official = folder.is_file() or any(p.suffix in (".safetensors", ".pt") for p in folder.glob("*"))
+    try:
+        settings = json.loads(config.read_text()) if config.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{config} is damaged ({error}): train the stage again") from None
+    if "stage" in settings:
+        return {**settings, "where": str(folder)}
+    if not official:
+        raise UsageError(f"{folder} holds no finished stage and no weights: train it first (python train.py --stage N), "
+                         "or name another")
+    return None
+
+
 def load_stage(folder, file="ema.safetensors"):
     """What train.py left in a stage's folder: (network, codec, settings as a dict). UsageError where it is missing."""
-    folder = Path(folder)
-    try:
-        settings = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{folder} holds no finished stage: train it first (python train.py --stage N), or name another") from None
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{folder / 'config.json'} is damaged ({error}): train the stage again") from None
+    folder, settings = Path(folder), read_settings(folder)
+    if settings is None:
+        raise UsageError(f"{folder} holds weights without the settings of a stage: train.py takes them as --teacher")
     cfg = Config(**{f.name: settings[f.name] for f in fields(Config)})
-    net = load_into(build(cfg), read_tensors(folder / file), folder / file)
-    return net, PatchCodec.load(folder / "codec.safetensors"), {**settings, "where": str(folder)}
+    return load_into(build(cfg), open_weights(folder / file), folder / file), load_codec(folder), settings
+
+
+def load_codec(folder):
+    """The codec of a stage, None where it was trained on latents."""
+    path = Path(folder) / "codec.safetensors"
+    return PatchCodec.load(path) if path.is_file() else None
 
 
 # ---------------------------------------------------------------- the command

@@ -39,8 +39,8 @@ import losses as L
 from data import (PatchCodec, Draws, WordEncoder, dataset, explain, held_out, read_tensors, save_tensors, write_gif_grid,
                   write_sheet, written_whole)
 from discriminator import Discriminator
-from model import PRESETS, Config, UsageError, block_causal_mask, build, chunk_bounds, load_into
-from sample import animate, frame_times, guided, load_stage, rollout, sample_ode, schedule
+from model import PRESETS, Config, UsageError, block_causal_mask, build, chunk_bounds, load_into, open_weights
+from sample import animate, frame_times, guided, load_codec, read_settings, rollout, sample_ode, schedule
 
 
 @dataclass
@@ -49,11 +49,11 @@ class TrainConfig(Config):
     # what, on what, where to
     preset: str = "toy"             # toy, wan-1.3b or wan-14b
     stage: int = -1                 # 0 teacher, 1 ODE initialisation, 2 DMD, 3 adversarial; -1: all in order
-    data: str = ""                  # folder of videos; empty: the toy world
+    data: str = ""                  # folder of videos, or of latents; empty: the toy world
     out: str = ""                   # folder of the run; default out/<preset>
     tag: str = ""                   # appended to the stage's folder name (stage3-TAG), to keep experiments apart
     init: str = ""                  # folder of the stage to start from; default: the stage before
-    teacher: str = ""               # folder of the teacher; default: stage 0 of this run
+    teacher: str = ""               # the teacher: a stage's folder, or official weights; default: stage 0 of this run
     seed: int = 0                   # of everything random
     resume: bool = True             # continue an unfinished stage and keep a finished one; no: start over
     device: str = ""                # cuda, mps or cpu; default: the first there is
@@ -232,6 +232,15 @@ def shard(module):
     return module
 
 
+def own_rows(param):
+    """What this process holds of a parameter: (the tensor, which rows of the whole). FSDP2 cuts rows as torch.chunk does."""
+    if not hasattr(param, "to_local"):
+        return param, slice(None)
+    (rank, size), rows = world(), param.shape[0]
+    each = -(-rows // size)
+    return param.to_local(), slice(min(rank * each, rows), min((rank + 1) * each, rows))
+
+
 def averaged(log):
     """The mean over processes of a dict of numbers."""
     if dist.is_initialized():
@@ -272,6 +281,8 @@ class Run:
         self.device = torch.device(cfg.device)
         self.dir = stage_folder(cfg)
         self.data, self.words = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim)
+        if self.data.latent:
+            self.data.check(cfg)
         self.nets, self.opts = {}, {}
         torch.manual_seed(cfg.seed)
 
@@ -279,9 +290,13 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16",
                               cache_enabled=False)  # a cast cached under no_grad would lose the gradient in a rollout
 
-    def add(self, name, module, groups=()):
-        """Place, shard and keep a network; `groups` [(parameters' names start with, lr)] are trained, the rest frozen."""
-        module = shard(module.to(self.device))
+    def add(self, name, weights, groups=(), make=build, where="weights"):
+        """Build a network without memory, shard it, then fill this process's part of it from `weights` (a state dict, or
+        open_weights()), and keep it; `groups` [(parameters' names start with, lr)] are trained, the rest frozen."""
+        with torch.device("meta"):
+            module = make(self.cfg)
+        module = shard(module).to_empty(device=self.device)
+        load_into(module, weights, where, own_rows)
         module.requires_grad_(False)
         optimizers, named = [], dict(module.named_parameters())
         muon_lr = self.cfg.muon_lr if name == "student" else 0.0
@@ -311,8 +326,9 @@ class Run:
 
     def batch(self, clips, purpose):
         raw = self.data.batch(clips)
-        return Batch(clips, self.codec.encode(raw["video"].to(self.device)), self.words.encode(raw["text"]).to(self.device),
-                     self.draws(clips, purpose))
+        x0, text = ((raw["latents"], raw["embeddings"]) if self.data.latent else
+                    (self.codec.encode(raw["video"].to(self.device)), self.words.encode(raw["text"])))
+        return Batch(clips, x0.to(self.device), text.to(self.device), self.draws(clips, purpose))
 
     def trajectory(self, batch):
         """Teacher trajectories for a batch: states (b, levels + 1, f, c, h, w), noise first, and their texts."""
@@ -505,49 +521,43 @@ STEPS = {0: teacher_step, 1: ode_step, 2: distil_step, 3: distil_step}
 def prepare(run):
     """Give a stage its codec and its networks: the student from the stage before, the rest from the teacher."""
     cfg = run.cfg
+    official = cfg.teacher or Path(cfg.out) / "stage0"
+    before = Path(cfg.init or (official if cfg.stage == 1 else Path(cfg.out) / f"stage{cfg.stage - 1}"))
     if cfg.stage == 0:
-        raw = run.data.batch(range(512))["video"]
-        run.codec = PatchCodec.fit(raw, cfg.codec_patch, cfg.in_dim)
-        student = build(cfg).init_weights()
+        run.codec = None if run.data.latent else PatchCodec.fit(run.data.batch(range(512))["video"], cfg.codec_patch, cfg.in_dim)
+        student = build(cfg).init_weights().state_dict()
     else:
-        before = Path(cfg.init or Path(cfg.out) / f"stage{cfg.stage - 1}")
-        student, run.codec, settings = load_stage(before)
-        match(cfg, settings)
-    run.add("ema", build_like(student))
-    run.add("student", student, [("", cfg.lr)])
-    if cfg.stage:
-        teacher, _, settings = load_stage(cfg.teacher or Path(cfg.out) / "stage0")
-        match(cfg, settings)
-        if cfg.stage == 1 or cfg.dmd:
-            run.add("teacher", build_like(teacher))
-        if cfg.dmd:
-            fake = build_like(teacher)
-            if (before / "fake.safetensors").is_file():  # it has followed this very student: go on from there
-                load_into(fake, read_tensors(before / "fake.safetensors"), before / "fake.safetensors")
-            run.add("fake", fake, [("", cfg.critic_lr)])
-        if cfg.gan:
-            backbone = build_like(student if cfg.disc_causal else teacher)
-            disc = Discriminator(backbone, cfg.disc_layers, cfg.disc_causal, cfg.disc_framewise, cfg.disc_queries)
-            groups = [(("heads.", "norm.", "out."), cfg.critic_lr)] + [("backbone.", cfg.backbone_lr)] * bool(cfg.backbone_lr)
-            run.add("disc", disc, groups)
+        student, run.codec = source(cfg, before)
+        teacher, _ = source(cfg, official)
+    run.add("ema", student, where=before)
+    run.add("student", student, [("", cfg.lr)], where=before)
+    if cfg.stage == 1 or cfg.dmd:
+        run.add("teacher", teacher, where=official)
+    if cfg.dmd:  # where stage 2 left a fake score, it has followed this very student: go on from there
+        followed = before / "fake.safetensors"
+        run.add("fake", open_weights(followed) if followed.is_file() else teacher, [("", cfg.critic_lr)], where=followed)
+    if cfg.gan:
+        make = lambda cfg: Discriminator(build(cfg), cfg.disc_layers, cfg.disc_causal, cfg.disc_framewise, cfg.disc_queries)
+        heads = Discriminator(None, cfg.disc_layers, queries=cfg.disc_queries, cfg=cfg).state_dict()
+        backbone = {f"backbone.{k}": v for k, v in (student if cfg.disc_causal else teacher).items()}
+        groups = [(("heads.", "norm.", "out."), cfg.critic_lr)] + [("backbone.", cfg.backbone_lr)] * bool(cfg.backbone_lr)
+        run.add("disc", {**backbone, **heads}, groups, make, where=official)
     if cfg.stage == 1:
         make_trajectories(run)
 
 
-def build_like(net):
-    """A copy of a network, made before sharding (a sharded one cannot be copied)."""
-    copy = build(net.cfg)
-    copy.load_state_dict(net.state_dict())
-    return copy
-
-
-def match(cfg, settings):
-    """UsageError where a checkpoint's network is of another shape than the one asked for."""
+def source(cfg, path):
+    """Weights to start from, unread: (open_weights(), codec) of a stage's folder, or of official weights (codec None).
+    UsageError where a stage's network is of another shape than the one asked for."""
+    settings = read_settings(path)
+    if settings is None:
+        return open_weights(path), None
     for field in fields(Config)[:12]:
         there, here = settings[field.name], getattr(cfg, field.name)
         if there != here:
             flag = f"--{field.name.replace('_', '-')}"
-            raise UsageError(f"the checkpoint in {settings['where']} has {field.name} {there}, this run {here}: use {flag} {there}")
+            raise UsageError(f"the checkpoint in {path} has {field.name} {there}, this run {here}: use {flag} {there}")
+    return open_weights(Path(path) / "ema.safetensors"), load_codec(path)
 
 
 def make_trajectories(run, at_once=32):
@@ -613,14 +623,14 @@ def export(run):
         tensors = get_model_state_dict(run.nets[name], options=options)
         if run.rank == 0:
             save_tensors(run.dir / file, tensors)
-    if run.rank == 0:
+    if run.rank == 0 and run.codec:
         run.codec.save(run.dir / "codec.safetensors")
 
 
 def show(run):
     """samples.png and samples.gif: real clips, then what the stage makes of the same first frames."""
     cfg = run.cfg
-    if not cfg.samples:
+    if not cfg.samples or not run.codec:  # latents alone cannot be shown
         return
     batch = run.batch(list(held_out(cfg.samples)), "samples")
     with run.autocast():
@@ -721,6 +731,7 @@ def train(cfg, fresh=False):
     save_state(run)
     export(run)
     show(run)
+    cfg.eval_clips *= run.codec is not None
     del run
     gc.collect()
     if rank == 0:
@@ -760,7 +771,7 @@ def main(argv=None):
             train(settle(given, given["stage"]))
             return
         fresh = False  # whatever stood on a stage that is trained anew is trained anew
-        for cfg in [settle(given, stage) for stage in range(4)]:
+        for cfg in [settle(given, stage) for stage in range(1 if "teacher" in given else 0, 4)]:
             fresh = train(cfg, fresh) or fresh
         if world()[0] == 0:
             table(cfg.out)
