@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data
 import losses as L
@@ -319,6 +319,79 @@ def test_misuse_of_the_network_is_explained():
         net(x, t, text.repeat(1, 2, 1))
     with pytest.raises(M.UsageError, match="lacks .*head.modulation"):
         M.load_into(net, {k: v for k, v in net.state_dict().items() if k != "head.modulation"}, "here")
+
+
+# ---------------------------------------------------------------- official weights
+
+def write_official(folder, kind, net):
+    """The weights of `net` the way that Wan 2.1 or Self Forcing are published; returns what a user would name."""
+    tensors = {k: v.clone() for k, v in net.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text('{"_class_name": "WanModel"}')
+    if kind == "sharded":
+        names, parts = sorted(tensors), {}
+        for i in range(3):
+            parts[f"part-{i + 1}-of-3.safetensors"] = {k: tensors[k] for k in names[i::3]}
+        for file, part in parts.items():
+            save_file(part, folder / file)
+        where = {k: file for file, part in parts.items() for k in part}
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+        save_file({"not.this": torch.zeros(1)}, folder / "other.safetensors")  # the index decides
+    elif kind in ("generator", "generator_ema"):
+        state = {"generator": {f"model.{k}": v * (kind == "generator") for k, v in tensors.items()}}
+        if kind == "generator_ema":
+            state[kind] = {f"model.{k}": v for k, v in tensors.items()}
+        torch.save(state, folder / "self_forcing.pt")
+        return folder / "self_forcing.pt"
+    else:
+        save_file({k: v.bfloat16() if kind == "bfloat16" else v for k, v in tensors.items()}, folder / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["single", "sharded", "bfloat16", "generator", "generator_ema"])
+def test_official_checkpoints_load_strictly(tmp_path, kind):
+    cfg = tiny(precondition=False)
+    net, (x, t, text) = network(cfg), inputs(cfg)
+    loaded = M.load_into(M.build(cfg), M.open_weights(write_official(tmp_path / "wan", kind, net)), tmp_path)
+    error = relative(loaded(x, t, text), net(x, t, text))
+    assert 0 < error < 2e-2 if kind == "bfloat16" else error == 0
+
+
+def test_wrong_official_checkpoints_are_one_sentence(tmp_path):
+    net = network(tiny(precondition=False))
+    folder = write_official(tmp_path / "wan", "single", net)
+    for cfg, message in ((tiny(num_layers=3), r"lacks blocks.2.*, blocks.2.* \.\.\. \(27 in all\)"),
+                         (tiny(num_layers=1), r"has unknown blocks.1.* \.\.\. \(27 in all\)"),
+                         (tiny(ffn_dim=32), r"has another shape of blocks.0.ffn.0.bias.*\(6 in all\)")):
+        with pytest.raises(M.UsageError, match=message):
+            M.load_into(M.build(cfg), M.open_weights(folder), folder)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(M.UsageError, match="cannot be read"):
+        M.open_weights(folder)
+    with pytest.raises(M.UsageError, match="does not exist"):
+        M.open_weights(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(M.UsageError, match="holds no weights"):
+        M.open_weights(tmp_path / "empty")
+
+
+def test_processes_read_only_their_rows(monkeypatch):
+    class Sharded:
+        def __init__(self, whole, part):
+            self.shape, self.part = whole.shape, part
+
+        def to_local(self):
+            return self.part
+
+    for rows, size in ((10, 4), (8, 4), (3, 4), (1, 2)):
+        whole = torch.arange(rows * 2).view(rows, 2)
+        parts = list(torch.chunk(whole, size)) + [whole[:0]] * size
+        for rank in range(size):
+            monkeypatch.setattr(train, "world", lambda: (rank, size))
+            target, own = train.own_rows(Sharded(whole, parts[rank]))
+            assert torch.equal(whole[own], target)
 
 
 # ---------------------------------------------------------------- the discriminator
@@ -667,6 +740,37 @@ def test_two_processes_are_one(small_run, tmp_path, stage):
     for a, b in zip(logs(tmp_path / "a" / f"stage{stage}"), logs(tmp_path / "b" / f"stage{stage}")):
         for name in {"loss", "fake_loss", "d_real", "d_fake"} & a.keys():
             assert a[name] == pytest.approx(b[name], abs=1e-5)
+
+
+WAN = ("--preset wan-1.3b --dim 32 --ffn-dim 64 --num-heads 2 --num-layers 2 --disc-layers 0 1 --in-dim 4 --out-dim 4 --text-dim 8 "
+       "--text-len 4 --freq-dim 16 --frames 9 --iters 2 --batch-size 2 --trajectories 2 --ode-steps 4 --device cpu --dtype float32").split()
+
+
+def test_stages_from_official_weights_and_latents(tmp_path):
+    """The Wan presets at a small size: no stage 0, no pictures, the same stages; and on two processes the same numbers."""
+    cfg = M.Config(**{**M.PRESETS["wan-1.3b"], **dict(dim=32, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=8,
+                                                      text_len=4, freq_dim=16)})
+    teacher = write_official(tmp_path / "wan", "sharded", network(cfg))
+    (tmp_path / "latents").mkdir()
+    for i in range(3):
+        save_file({"latents": torch.randn(11, 4, 4, 6), "text": torch.randn(4 - i, 8)}, tmp_path / "latents" / f"{i}.safetensors")
+    flags = ["--teacher", str(teacher), "--data", str(tmp_path / "latents"), *WAN]
+    train.main(["--out", str(tmp_path / "a"), *flags])
+    assert not (tmp_path / "a" / "stage0").exists() and weights(tmp_path / "a/stage3").keys() == network(cfg).state_dict().keys()
+    shell("torchrun", "--nproc_per_node", "2", "--master_port", "29514", "train.py", "--stage", "1", "--out", str(tmp_path / "b"), *flags)
+    one, two = weights(tmp_path / "a/stage1"), weights(tmp_path / "b/stage1")
+    assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-5
+
+
+@pytest.mark.parametrize("latents, text, message", [
+    ((11, 5, 4, 6), (4, 8), "the network takes 4 channels"), ((11, 4, 4, 5), (4, 8), "sides that divide by 2"),
+    ((11, 4, 4, 6), (4, 9), "text up to 4 x 8"), ((8, 4, 4, 6), (4, 8), "8 latent frames, a clip needs 9"),
+    ((4, 4), (4, 8), "holds no clip")])
+def test_bad_latents_are_one_sentence(tmp_path, capsys, latents, text, message):
+    save_file({"latents": torch.zeros(latents), "text": torch.zeros(text)}, tmp_path / "0.safetensors")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--stage", "1", "--teacher", "nowhere", "--data", str(tmp_path), "--out", str(tmp_path / "out"), *WAN])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def shell(*command, status=0, cwd=HERE):
