@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import imageio.v2 as iio
@@ -713,6 +714,55 @@ def test_resume_is_bit_for_bit(small_run, tmp_path, stage, monkeypatch):
     one, two = weights(tmp_path / "a" / f"stage{stage}"), weights(tmp_path / "b" / f"stage{stage}")
     assert all(torch.equal(one[k], two[k]) for k in one)
     assert logs(tmp_path / "a" / f"stage{stage}") == logs(tmp_path / "b" / f"stage{stage}")
+
+
+def start(out, *flags, launcher=(sys.executable,)):
+    """A training run in a process of its own, with its output in a file."""
+    with open(f"{out}.txt", "a") as file:
+        return subprocess.Popen([*launcher, str(HERE / "train.py"), "--out", str(out), *flags], stdout=file, stderr=file, cwd=HERE)
+
+
+def wait_for_step(folder, step, seconds=60):
+    deadline = time.time() + seconds
+    while time.time() < deadline and not ((folder / "log.jsonl").is_file() and len((folder / "log.jsonl").read_text().splitlines()) >= step):
+        time.sleep(0.02)
+
+
+def test_killed_run_goes_on(small_run, tmp_path):
+    """SIGKILL in the middle of stage 3 on two processes; one process goes on. SIGTERM saves first. Damage falls back."""
+    command = ["--stage", "3", "--init", str(small_run / "stage2"), "--teacher", str(small_run / "stage0"), "--iters", "30",
+               "--save-every", "5", "--gan-loss", "logistic", *SMALL]
+    train.main(["--out", str(tmp_path / "a"), *command])
+    folder = tmp_path / "b" / "stage3"
+    run = start(tmp_path / "b", *command, launcher=("torchrun", "--nproc_per_node", "2", "--master_port", "29515"))
+    wait_for_step(folder, 12)
+    subprocess.run(["pkill", "-KILL", "-f", f"out {tmp_path / 'b'}"])
+    run.wait()
+    assert len(train.saved_states(folder)) == 2 and not (folder / "weights.safetensors").exists()
+
+    newest = train.saved_states(folder)[0]
+    for file in newest.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    run = start(tmp_path / "b", *command)
+    before = len((folder / "log.jsonl").read_text().splitlines())
+    time.sleep(1)
+    wait_for_step(folder, before + 2)
+    run.terminate()
+    assert run.wait() in (143, 0)  # 0: it was faster
+    train.main(["--out", str(tmp_path / "b"), *command])
+    said = Path(f"{tmp_path / 'b'}.txt").read_text()
+    assert f"{newest} is damaged" in said and "goes on at step" in said
+    one, two = weights(tmp_path / "a" / "stage3"), weights(folder)
+    assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-4
+    assert [line["step"] for line in logs(folder)] == list(range(1, 31))
+
+
+def test_full_disk_keeps_the_old_state(small_run, tmp_path):
+    """A limit on the size of files stands in for a full disk."""
+    command = f"python train.py --stage 2 --out {tmp_path} --init {small_run}/stage1 --teacher {small_run}/stage0 --iters 6 {' '.join(SMALL)}"
+    out = subprocess.run(["bash", "-c", f"ulimit -f 100; exec {command} --save-every 2"], cwd=HERE, capture_output=True, text=True)
+    assert out.returncode == 2 and "cannot write" in out.stderr and "Traceback" not in out.stderr
+    assert not train.saved_states(tmp_path / "stage2") and not (tmp_path / "stage2/state/new").exists()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

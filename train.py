@@ -22,6 +22,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
@@ -357,8 +359,9 @@ class Run:
                 o.step()
             o.zero_grad()
         if self.bad[name] >= cfg.max_bad_steps:
-            raise UsageError(f"stage {cfg.stage}, step {self.step + 1}: {self.bad[name]} non-finite gradients in a row in {name}; the last "
-                             f"good state is in {self.dir / 'state'}: start again with a lower --lr and --no-resume")
+            last = next(iter(saved_states(self.dir)), "none")
+            raise UsageError(f"stage {cfg.stage}, step {self.step + 1}: {self.bad[name]} non-finite gradients in a row in {name} "
+                             f"(last good state: {last}): start again with a lower --lr and --no-resume")
         if name == "student" and math.isfinite(norm):
             decay = min(cfg.ema, (self.step + 1) / (self.step + 10))
             with torch.no_grad():
@@ -592,27 +595,48 @@ def state_of(run):
     return state
 
 
+def saved_states(folder):
+    """The states of a stage's folder that were written to their end, newest first."""
+    return sorted((folder / "state").glob("step-*"), reverse=True)
+
+
 def save_state(run):
-    """Write the state beside the old one, then swap them."""
-    new, now, old = (run.dir / name for name in ("state.new", "state", "state.old"))
-    dcp.save(state_of(run), checkpoint_id=new)
+    """Write the state under a temporary name, give it its own, and keep the last two. UsageError where that fails."""
+    new, done = run.dir / "state" / "new", run.dir / "state" / f"step-{run.step:07d}"
+    try:
+        dcp.save(state_of(run), checkpoint_id=new)
+    except (OSError, CheckpointException) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise UsageError(f"cannot write {done} ({str(error).strip().splitlines()[-1][:150]}): free some space and give the same command "
+                         f"again; it goes on from {next(iter(saved_states(run.dir)), 'the beginning')}") from None
     if run.rank == 0:
-        shutil.rmtree(old, ignore_errors=True)
-        if now.exists():
-            now.rename(old)
-        new.rename(now)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(done, ignore_errors=True)
+        new.rename(done)
+        for old in saved_states(run.dir)[2:]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def load_state(run):
-    """Put a saved state back into the run's networks, optimizers and step."""
-    state = state_of(run)
-    dcp.load(state, checkpoint_id=run.dir / "state")
+    """Put the newest readable state, if there is any, back into the run's networks, optimizers and step."""
+    found = saved_states(run.dir)
+    for path in found:
+        state = state_of(run)
+        try:
+            dcp.load(state, checkpoint_id=path)
+            break
+        except (Exception, CheckpointException):  # truncated, or of another kind
+            print(f"{path} is damaged: going back to the state before", file=sys.stderr)
+    else:
+        if found:
+            raise UsageError(f"no state in {run.dir / 'state'} can be read: --no-resume trains stage {run.cfg.stage} from its beginning")
+        return
     for name in run.nets:
         if name in state:
             set_state_dict(run.nets[name], run.opts[name], model_state_dict=state[name]["model"],
                            optim_state_dict=state[name]["optim"])
     run.step = state["step"]
+    if run.rank == 0:
+        print(f"stage {run.cfg.stage} goes on at step {run.step}")
 
 
 def export(run):
@@ -688,26 +712,42 @@ def begin(cfg, folder, fresh):
     return True
 
 
+@contextlib.contextmanager
+def terminations():
+    """A list that grows when SIGTERM comes: a scheduler wants the machine back, and leaves time to save."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def loop(run):
-    """The training loop of every stage; returns at the last step or at the early stop."""
+    """The training loop of every stage; returns at the last step or at the early stop. SIGTERM: saves, exits with 143."""
     cfg, stop = run.cfg, EarlyStop(run.cfg.stop_motion if run.cfg.stage == 2 else 0.0)
     lines = (run.dir / "log.jsonl").read_text().splitlines()[:run.step] if run.step else []
     for line in lines:
         stop(json.loads(line))
     bar = tqdm(total=cfg.iters, initial=run.step, desc=run.dir.name, disable=run.rank > 0, mininterval=1.0)
-    with open(run.dir / "log.jsonl", "w") if run.rank == 0 else contextlib.nullcontext() as file:
-        for line in lines if run.rank == 0 else []:
-            file.write(line + "\n")
+    if run.rank == 0:
+        with written_whole(run.dir / "log.jsonl") as temporary:
+            temporary.write_text("".join(line + "\n" for line in lines))
+    with open(run.dir / "log.jsonl", "a") if run.rank == 0 else contextlib.nullcontext() as file, terminations() as came:
         while run.step < cfg.iters:
-            log = averaged(STEPS[cfg.stage](run))
+            log = averaged({**STEPS[cfg.stage](run), "terminated": float(bool(came))})  # all processes act alike
+            terminated = log.pop("terminated")
             run.step += 1
             bar.update()
             if run.rank == 0:
                 bar.set_postfix({k: f"{v:.3g}" for k, v in log.items()}, refresh=False)
                 file.write(json.dumps({"step": run.step, **log}) + "\n")
                 file.flush()
-            if cfg.save_every and run.step % cfg.save_every == 0:
+            if cfg.save_every and run.step % cfg.save_every == 0 or terminated:
                 save_state(run)
+            if terminated:
+                bar.write(f"stage {cfg.stage} was terminated and saved at step {run.step}: the same command goes on from there")
+                raise SystemExit(143)
             if reason := stop(log):
                 bar.write(f"stage {cfg.stage} stops early at step {run.step}: {reason}")
                 break
@@ -724,9 +764,7 @@ def train(cfg, fresh=False):
         return False
     began, run = time.time(), Run(cfg)
     prepare(run)
-    if (folder / "state").is_dir():
-        load_state(run)
-        print(f"stage {cfg.stage} goes on at step {run.step}")
+    load_state(run)
     loop(run)
     save_state(run)
     export(run)
