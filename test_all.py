@@ -778,13 +778,14 @@ def test_accumulation_is_the_same_batch(small_run, tmp_path, stage):
             assert a[name] == pytest.approx(b[name], abs=1e-4)  # Adam amplifies rounding where a gradient is nearly 0
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_two_processes_are_one(small_run, tmp_path, stage):
-    """torchrun with two gloo processes and FSDP2 gives the losses and weights of one process."""
+@pytest.mark.parametrize("stage, processes, more", [(0, 2, ""), (1, 2, ""), (2, 2, "--recompute"), (3, 2, ""), (3, 4, "--recompute")])
+def test_several_processes_are_one(small_run, tmp_path, stage, processes, more):
+    """torchrun with gloo processes and FSDP2 gives the losses and weights of one process; so does activation checkpointing."""
     command = ["--stage", str(stage), "--init", str(small_run / f"stage{max(0, stage - 1)}"), "--teacher", str(small_run / "stage0"),
                "--iters", "3", "--muon-lr", "0", "--gan-loss", "logistic", *SMALL]  # in pairs the common logit is free
     train.main(["--out", str(tmp_path / "a"), *command])
-    shell("torchrun", "--nproc_per_node", "2", "--master_port", "29512", "train.py", "--out", str(tmp_path / "b"), *command)
+    shell("torchrun", "--nproc_per_node", str(processes), "--master_port", "29512", "train.py", "--out", str(tmp_path / "b"), *command,
+          *more.split())
     one, two = weights(tmp_path / "a" / f"stage{stage}"), weights(tmp_path / "b" / f"stage{stage}")
     assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-5
     for a, b in zip(logs(tmp_path / "a" / f"stage{stage}"), logs(tmp_path / "b" / f"stage{stage}")):
@@ -796,17 +797,24 @@ WAN = ("--preset wan-1.3b --dim 32 --ffn-dim 64 --num-heads 2 --num-layers 2 --d
        "--text-len 4 --freq-dim 16 --frames 9 --iters 2 --batch-size 2 --trajectories 2 --ode-steps 4 --device cpu --dtype float32").split()
 
 
-def test_stages_from_official_weights_and_latents(tmp_path):
-    """The Wan presets at a small size: no stage 0, no pictures, the same stages; and on two processes the same numbers."""
+def small_wan(folder):
+    """A small network like Wan's with its weights in `folder`/wan, as they are published, and clips in `folder`/latents."""
     cfg = M.Config(**{**M.PRESETS["wan-1.3b"], **dict(dim=32, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=8,
                                                       text_len=4, freq_dim=16)})
-    teacher = write_official(tmp_path / "wan", "sharded", network(cfg))
-    (tmp_path / "latents").mkdir()
+    net = network(cfg)
+    write_official(folder / "wan", "sharded", net)
+    (folder / "latents").mkdir()
     for i in range(3):
-        save_file({"latents": torch.randn(11, 4, 4, 6), "text": torch.randn(4 - i, 8)}, tmp_path / "latents" / f"{i}.safetensors")
-    flags = ["--teacher", str(teacher), "--data", str(tmp_path / "latents"), *WAN]
+        save_file({"latents": torch.randn(11, 4, 4, 6), "text": torch.randn(4 - i, 8)}, folder / "latents" / f"{i}.safetensors")
+    return net
+
+
+def test_stages_from_official_weights_and_latents(tmp_path):
+    """The Wan presets at a small size: no stage 0, no pictures, the same stages; and on two processes the same numbers."""
+    names = small_wan(tmp_path).state_dict().keys()
+    flags = ["--teacher", str(tmp_path / "wan"), "--data", str(tmp_path / "latents"), *WAN]
     train.main(["--out", str(tmp_path / "a"), *flags])
-    assert not (tmp_path / "a" / "stage0").exists() and weights(tmp_path / "a/stage3").keys() == network(cfg).state_dict().keys()
+    assert not (tmp_path / "a" / "stage0").exists() and weights(tmp_path / "a/stage3").keys() == names
     shell("torchrun", "--nproc_per_node", "2", "--master_port", "29514", "train.py", "--stage", "1", "--out", str(tmp_path / "b"), *flags)
     one, two = weights(tmp_path / "a/stage1"), weights(tmp_path / "b/stage1")
     assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-5
@@ -981,12 +989,16 @@ def test_readme_commands_run(tmp_path):
             (tmp_path / path.name).symlink_to(path)
     (tmp_path / "clips").mkdir()
     colour_clip(tmp_path / "clips", "a.mp4", frames=20)
+    small_wan(tmp_path)
     short = " ".join(SMALL).replace("--eval-clips 0 --samples 0", "--eval-clips 2 --samples 2") + " --iters 2 --master_port 29513"
     ran = []
     for line in readme_commands():
         line = line.replace("pip install -r requirements.txt && ", "").replace("DIR_OF_MP4", "clips")
+        line = line.replace("DIR_OF_WAN", "wan").replace("DIR_OF_LATENTS", "latents").replace("nproc_per_node 8", "nproc_per_node 2")
         command = shlex.split(line)
-        if "train.py" in command:
+        if "wan-1.3b" in command:
+            command += WAN[2:]
+        elif "train.py" in command:
             command += [flag for flag in short.replace("--master_port 29513", "").split()]
         elif command[0] == "pytest":
             command += ["--collect-only"]

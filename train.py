@@ -15,6 +15,7 @@ samples.png, metrics.json and state/ to resume from. The next stage starts from 
 """
 import argparse
 import contextlib
+import functools
 import gc
 import inspect
 import json
@@ -35,6 +36,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import losses as L
@@ -67,6 +69,7 @@ class TrainConfig(Config):
     # the loop
     iters: int = 0                  # training steps of a stage
     batch_size: int = 16            # clips per step, over all devices
+    recompute: bool = False         # activation checkpointing: keep the input of a block, run it again in the backward pass
     micro_batch: int = 0            # clips per device and pass, the rest is accumulated; 0: all at once
     lr: float = 2e-3                # AdamW's learning rate
     muon_lr: float = 0.0            # Muon's, for the matrices of the blocks; 0: AdamW for all
@@ -222,13 +225,17 @@ def processes():
             dist.destroy_process_group()
 
 
-def shard(module):
-    """FSDP2 on every block and on the rest, under torchrun; nothing otherwise. The one place that distributes a network."""
+def shard(module, recompute=False):
+    """Activation checkpointing where asked for, and under torchrun FSDP2, on every block and on the rest. The one place that
+    distributes a network. Precision is autocast's; parameters, gradients and their sums stay float32."""
+    blocks = getattr(module, "backbone", module).blocks
+    if recompute:  # of a block only its input is kept; a block is a pure function, so running it twice is safe
+        for block in blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if dist.is_initialized():
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         mesh = dist.device_mesh.init_device_mesh(kind, (dist.get_world_size(),))
-        backbone = getattr(module, "backbone", module)
-        for block in backbone.blocks:
+        for block in blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(module, mesh=mesh)
     return module
@@ -297,7 +304,7 @@ class Run:
         open_weights()), and keep it; `groups` [(parameters' names start with, lr)] are trained, the rest frozen."""
         with torch.device("meta"):
             module = make(self.cfg)
-        module = shard(module).to_empty(device=self.device)
+        module = shard(module, self.cfg.recompute and bool(groups)).to_empty(device=self.device)
         load_into(module, weights, where, own_rows)
         module.requires_grad_(False)
         optimizers, named = [], dict(module.named_parameters())
@@ -698,7 +705,7 @@ def begin(cfg, folder, fresh):
     if fresh or not cfg.resume:
         shutil.rmtree(folder, ignore_errors=True)
     elif before:
-        free = ("resume", "device", "micro_batch", "max_bad_steps", "save_every", "samples", "eval_clips")
+        free = ("resume", "device", "micro_batch", "recompute", "max_bad_steps", "save_every", "samples", "eval_clips")
         for name, value in json.loads(json.dumps(asdict(cfg))).items():
             if name not in free and before.get(name) != value:
                 raise UsageError(f"{folder} was trained with {name} {before.get(name)}, now it is {value}: choose another --out or "
