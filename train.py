@@ -22,11 +22,13 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -45,6 +47,9 @@ from data import (PatchCodec, Draws, WordEncoder, dataset, explain, held_out, re
 from discriminator import Discriminator
 from model import PRESETS, Config, UsageError, block_causal_mask, build, chunk_bounds, load_into, open_weights
 from sample import animate, frame_times, guided, load_codec, read_settings, rollout, sample_ode, schedule
+
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a state of a single process is saved on purpose
 
 
 @dataclass
@@ -292,7 +297,7 @@ class Run:
         self.data, self.words = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim)
         if self.data.latent:
             self.data.check(cfg)
-        self.nets, self.opts = {}, {}
+        self.nets, self.opts, self.tokens = {}, {}, 0
         torch.manual_seed(cfg.seed)
 
     def autocast(self):
@@ -337,6 +342,7 @@ class Run:
         raw = self.data.batch(clips)
         x0, text = ((raw["latents"], raw["embeddings"]) if self.data.latent else
                     (self.codec.encode(raw["video"].to(self.device)), self.words.encode(raw["text"])))
+        self.tokens = x0[0, :, 0].numel() // self.cfg.patch ** 2  # of a clip
         return Batch(clips, x0.to(self.device), text.to(self.device), self.draws(clips, purpose))
 
     def trajectory(self, batch):
@@ -731,13 +737,17 @@ def terminations():
 
 
 def loop(run):
-    """The training loop of every stage; returns at the last step or at the early stop. SIGTERM: saves, exits with 143."""
+    """The training loop of every stage, to the last step or the early stop; returns its speed and peak memory in words.
+    SIGTERM: saves, exits with 143."""
     cfg, stop = run.cfg, EarlyStop(run.cfg.stop_motion if run.cfg.stage == 2 else 0.0)
     lines = (run.dir / "log.jsonl").read_text().splitlines()[:run.step] if run.step else []
     for line in lines:
         stop(json.loads(line))
     bar = tqdm(total=cfg.iters, initial=run.step, desc=run.dir.name, disable=run.rank > 0, mininterval=1.0)
+    share = cfg.batch_size // run.world
+    passes, first, began = -(-share // (cfg.micro_batch or share)), run.step, time.perf_counter()
     if run.rank == 0:
+        print(f"stage {cfg.stage}: a step is {cfg.batch_size} clips = {run.world} processes x {share} clips, in {passes} passes")
         with written_whole(run.dir / "log.jsonl") as temporary:
             temporary.write_text("".join(line + "\n" for line in lines))
     with open(run.dir / "log.jsonl", "a") if run.rank == 0 else contextlib.nullcontext() as file, terminations() as came:
@@ -759,6 +769,9 @@ def loop(run):
                 bar.write(f"stage {cfg.stage} stops early at step {run.step}: {reason}")
                 break
     bar.close()
+    rate = (run.step - first) / (time.perf_counter() - began)
+    peak = (torch.cuda.max_memory_allocated() if cfg.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30
+    return f"{rate:.2f} steps/s, {rate * cfg.batch_size * run.tokens:,.0f} tokens/s, peak memory {peak:.1f} GiB per process"
 
 
 def train(cfg, fresh=False):
@@ -772,7 +785,7 @@ def train(cfg, fresh=False):
     began, run = time.time(), Run(cfg)
     prepare(run)
     load_state(run)
-    loop(run)
+    speed = loop(run)
     save_state(run)
     export(run)
     show(run)
@@ -780,7 +793,9 @@ def train(cfg, fresh=False):
     del run
     gc.collect()
     if rank == 0:
-        score(cfg, folder, (time.time() - began) / 60)
+        minutes = (time.time() - began) / 60
+        print(f"stage {cfg.stage}: {minutes:.1f} minutes, {speed}; results in {folder}", flush=True)
+        score(cfg, folder, minutes)
     return True
 
 
@@ -788,7 +803,6 @@ def score(cfg, folder, minutes):
     """metrics.json: experiments/evaluate.py on held-out clips, in a process of its own."""
     metrics = folder / "metrics.json"
     script = Path(__file__).resolve().parent / "experiments" / "evaluate.py"
-    print(f"stage {cfg.stage}: {minutes:.1f} minutes; pictures in {folder}/samples.gif and samples.png", flush=True)
     if cfg.eval_clips:
         subprocess.run([sys.executable, script, folder, "--clips", str(cfg.eval_clips)], check=True)
     scores = json.loads(metrics.read_text()) if cfg.eval_clips else {}
