@@ -2,12 +2,17 @@
 
     python data.py --preview preview.png                      contact sheet of what training will see (toy world)
     python data.py --preview preview.png --data DIR_OF_MP4    the same for your own clips
+    python data.py encode --videos DIR_OF_MP4 --out DIR_OF_LATENTS --vae DIR_OF_VAE --text-encoder DIR_OF_UMT5
+                                                              videos and captions to latents, for training at Wan scale
 
 A dataset is anything with batch(indices) -> {"video": (b, f, 3, H, W) in [-1, 1], "text": [str]}; clip number i is always
 the same clip, so that a run is resumed by knowing its step, and any number of devices reads the same global batch.
 """
 import argparse
 import contextlib
+import csv
+import itertools
+import json
 import os
 import sys
 import zlib
@@ -19,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from model import UsageError
 
@@ -346,15 +352,17 @@ def image_files(folder):
 
 
 def fit_frame(frame, size):
-    """(H, W, 3 or more) uint8 -> (3, size, size) uint8: short side resized (anti-aliased), centre kept; grey becomes RGB."""
+    """(H, W, 3 or more) uint8 -> (3, h, w) uint8, size = (h, w) or the side of a square: resized (anti-aliased) until it
+    covers that, centre kept; grey becomes RGB."""
+    height, width = (size, size) if isinstance(size, int) else size
     frame = np.atleast_3d(frame)
     frame = frame[..., :3] if frame.shape[2] >= 3 else frame[..., :1].repeat(3, 2)
     x = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
-    scale = size / min(x.shape[2:])
-    shape = [max(size, round(side * scale)) for side in x.shape[2:]]
+    scale = max(height / x.shape[2], width / x.shape[3])
+    shape = [max(side, round(old * scale)) for side, old in zip((height, width), x.shape[2:])]
     x = F.interpolate(x, shape, mode="bilinear", antialias=True, align_corners=False)
-    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-    return x[0, :, top:top + size, left:left + size].round().clamp(0, 255).byte()
+    top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
+    return x[0, :, top:top + height, left:left + width].round().clamp(0, 255).byte()
 
 
 def read_image(path, size):
@@ -373,23 +381,31 @@ def _first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
-def read_video(path, size, fps=0.0):
-    """All frames of a video file or a folder of images: (f, 3, size, size) uint8, resampled to `fps` where that is not 0."""
-    path = Path(path)
+def frames_of(path, size, fps=0.0):
+    """The frames (3, h, w) uint8 of a video file or a folder of images, one by one, thinned out to `fps` where that is not 0.
+
+    Raises UsageError for what cannot be read or is empty."""
+    path, taken = Path(path), 0
     try:
-        if path.is_dir():
-            frames, rate = [fit_frame(iio.imread(p), size) for p in image_files(path)], fps
-        else:
-            with iio.get_reader(path) as reader:
-                rate = reader.get_meta_data().get("fps") or 1000 / max(1, reader.get_meta_data().get("duration") or 100)
-                frames = [fit_frame(frame, size) for frame in reader]
+        with contextlib.ExitStack() as stack:
+            if path.is_dir():
+                frames, rate = (iio.imread(p) for p in image_files(path)), 0
+            else:
+                frames = stack.enter_context(iio.get_reader(path))
+                rate = frames.get_meta_data().get("fps") or 1000 / max(1, frames.get_meta_data().get("duration") or 100)
+            for i, frame in enumerate(frames):
+                if not 0 < fps < rate or i == int(taken * rate / fps):
+                    yield fit_frame(frame, size)
+                    taken += 1
     except Exception as error:
         raise UsageError(f"{path} cannot be read as a video ({_first_line(error)}): remove it, or convert it to mp4") from None
-    if not frames:
+    if not taken:
         raise UsageError(f"{path} has no frames: remove it, or convert it to mp4")
-    if fps and rate and fps < rate:
-        frames = [frames[int(i * rate / fps)] for i in range(int(len(frames) * fps / rate))]
-    return torch.stack(frames)
+
+
+def read_video(path, size, fps=0.0):
+    """All frames of a video file or a folder of images: (f, 3, h, w) uint8."""
+    return torch.stack(list(frames_of(path, size, fps)))
 
 
 class VideoWriter:
@@ -439,8 +455,119 @@ def write_gif_grid(path, video, columns=4, zoom=3, fps=8):
         writer.write(rearrange(video, "(r k) f c h w -> f c (r h) (k w)", k=columns))
 
 
+# ---------------------------------------------------------------- real videos and texts to latents
+
+class WanCodec:
+    """Wan's video VAE (diffusers' AutoencoderKLWan) behind the codec interface: 1 + 4 k frames <-> 1 + k latent frames.
+
+    path: a folder with the VAE's config.json and weights. Needs requirements-wan.txt."""
+
+    def __init__(self, path, device="cpu"):
+        from diffusers import AutoencoderKLWan
+        self.vae = AutoencoderKLWan.from_pretrained(path).eval().requires_grad_(False).to(device)
+        column = lambda values: torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
+        self.mean, self.std = column(self.vae.config.latents_mean), column(self.vae.config.latents_std)
+
+    def encode(self, video):
+        """(b, 1 + 4 k, 3, H, W) in [-1, 1] -> (b, 1 + k, c, H / 8, W / 8), normalised"""
+        z = self.vae.encode(video.transpose(1, 2).to(self.mean.device)).latent_dist.mode()
+        return ((z - self.mean) / self.std).transpose(1, 2)
+
+    def decode(self, latents):
+        """The inverse: (b, 1 + k, c, h, w) -> (b, 1 + 4 k, 3, H, W)"""
+        z = latents.float().transpose(1, 2).to(self.mean.device) * self.std + self.mean
+        return self.vae.decode(z).sample.transpose(1, 2)
+
+
+class CaptionEncoder:
+    """Wan's text encoder (transformers' UMT5): captions to embeddings (l, d), one for each token, the padding left out."""
+
+    def __init__(self, path, length=512, device="cpu"):
+        from transformers import AutoTokenizer, UMT5EncoderModel
+        self.tokens, self.length, self.device = AutoTokenizer.from_pretrained(path), length, device
+        self.model = UMT5EncoderModel.from_pretrained(path).eval().requires_grad_(False).to(device)
+
+    def encode(self, caption):
+        """str -> (l, d), l at most `length`"""
+        given = self.tokens(caption, max_length=self.length, truncation=True, return_tensors="pt").to(self.device)
+        if not given["input_ids"].numel():  # no caption, and a tokenizer that adds no end mark
+            return torch.zeros(1, self.model.config.d_model)
+        return self.model(**{k: given[k] for k in ("input_ids", "attention_mask")}).last_hidden_state[0].float()
+
+
+def captions_in(folder):
+    """{file name: caption} of a folder: captions.csv (file,caption), captions.jsonl ({"file": ..., "caption": ...}) and
+    .txt files beside the videos, the later ones winning."""
+    folder, found = Path(folder), {}
+    if (folder / "captions.csv").is_file():
+        with open(folder / "captions.csv", newline="") as file:
+            found |= {row["file"]: row["caption"] for row in csv.DictReader(file)}
+    if (folder / "captions.jsonl").is_file():
+        rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines() if line.strip()]
+        found |= {row["file"]: row["caption"] for row in rows}
+    return found | {p.name: p.with_suffix(".txt").read_text().strip() for p in folder.iterdir() if p.with_suffix(".txt").is_file()}
+
+
+def cut(frames, length):
+    """A stream of frames as clips (length, 3, h, w), one after the other; what is left at the end is dropped."""
+    while len(part := list(itertools.islice(frames, length))) == length:
+        yield torch.stack(part)
+
+
+def encode(args):
+    """`python data.py encode`: a .safetensors per clip. Finished videos are skipped, unreadable ones are listed at the end."""
+    size, out, bad = tuple(int(n) for n in args.size.split("x")), Path(args.out), []
+    if len(size) != 2 or any(n % 16 for n in size) or args.frames % 4 != 1:
+        raise UsageError(f"--size {args.size} --frames {args.frames}: height and width must be multiples of 16, frames 4 k + 1")
+    try:
+        codec, words = WanCodec(args.vae, args.device), CaptionEncoder(args.text_encoder, device=args.device)
+    except ImportError as error:
+        raise UsageError(f"{error}: pip install -r requirements-wan.txt") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--vae {args.vae} or --text-encoder {args.text_encoder} cannot be loaded ({_first_line(error)})") from None
+    sources = sorted(p for p in Path(args.videos).glob("*") if p.suffix.lower() in VIDEO_ENDINGS)
+    if not sources:
+        raise UsageError(f"no videos in {args.videos}: put {', '.join(VIDEO_ENDINGS)} files there")
+    captions = captions_in(args.videos)
+    for path in tqdm(sources, unit="video"):
+        done = out / "done" / path.name
+        if done.is_file():
+            continue
+        try:
+            with torch.no_grad():
+                text = words.encode(captions.get(path.name, ""))
+                for n, clip in enumerate(cut(frames_of(path, size, args.fps), args.frames)):
+                    latents = codec.encode(clip[None].float() / 127.5 - 1)[0]
+                    save_tensors(out / f"{path.stem}-{n:04d}.safetensors", {"latents": latents, "text": text})
+        except UsageError as error:
+            if "cannot write" in str(error):
+                raise
+            bad.append(str(error))
+            continue
+        with written_whole(done) as temporary:
+            temporary.touch()
+    print(f"{len(list(out.glob('*.safetensors')))} clips in {out}" + "".join(f"\nskipped: {line}" for line in bad))
+
+
+def encode_flags(argv):
+    """The command line of `python data.py encode`."""
+    parser = argparse.ArgumentParser(prog="data.py encode", description=encode.__doc__)
+    parser.add_argument("--videos", required=True, help=f"folder of {', '.join(VIDEO_ENDINGS)}; captions as .txt, captions.csv or .jsonl")
+    parser.add_argument("--out", required=True, help="folder for the latents")
+    parser.add_argument("--vae", required=True, help="folder of Wan's VAE, as diffusers saves it")
+    parser.add_argument("--text-encoder", required=True, help="folder of Wan's UMT5 encoder and tokenizer, as transformers saves them")
+    parser.add_argument("--size", default="480x832", help="height x width in pixels")
+    parser.add_argument("--frames", type=int, default=81, help="frames of a clip, 4 k + 1")
+    parser.add_argument("--fps", type=float, default=16, help="resample to this rate; 0: every frame")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
+    return parser.parse_args(argv)
+
+
 def main(argv=None):
-    """`python data.py --preview PNG`: what training will see."""
+    """`python data.py --preview PNG`: what training will see. `python data.py encode`: see encode()."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["encode"]:
+        return encode(encode_flags(argv[1:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preview", metavar="PNG", required=True, help="contact sheet to write")
     parser.add_argument("--data", default="", help="folder of videos; empty: the toy world")

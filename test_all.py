@@ -5,6 +5,7 @@
 
 Reference vectors lie in goldens/. Everything runs on CPU, in float32 unless a test says otherwise.
 """
+import importlib
 import json
 import os
 import re
@@ -831,6 +832,50 @@ def test_bad_latents_are_one_sentence(tmp_path, capsys, latents, text, message):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+def small_vae_and_text_encoder(folder):
+    """Wan's VAE and text encoder with few random weights, saved as they are published."""
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    torch.manual_seed(0)
+    diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[.1] * 4,
+                               latents_std=[2.] * 4).save_pretrained(folder / "vae")
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "red": 2, "disc": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder / "umt5")
+    shape = transformers.UMT5Config(vocab_size=4, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    transformers.UMT5EncoderModel(shape).save_pretrained(folder / "umt5")
+
+
+@pytest.mark.slow
+def test_videos_and_captions_become_latents(tmp_path, capsys):
+    """A VAE and a text encoder of the real kinds; unreadable files are listed, a second call has nothing left to do."""
+    small_vae_and_text_encoder(tmp_path)
+    (tmp_path / "clips").mkdir()
+    for name, frames in (("a.mp4", 23), ("b.gif", 9), ("short.mp4", 5)):
+        colour_clip(tmp_path / "clips", name, frames=frames)
+    (tmp_path / "clips" / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "clips" / "captions.csv").write_text("file,caption\na.mp4,red disc\n")
+    command = ["encode", "--videos", str(tmp_path / "clips"), "--out", str(tmp_path / "latents"), "--vae", str(tmp_path / "vae"),
+               "--text-encoder", str(tmp_path / "umt5"), "--size", "32x48", "--frames", "9", "--fps", "0"]
+    data.main(command)
+    said = capsys.readouterr().out
+    assert "3 clips" in said and "broken.mp4 cannot be read" in said
+    clips = {p.stem: load_file(p) for p in (tmp_path / "latents").glob("*.safetensors")}
+    assert clips.keys() == {"a-0000", "a-0001", "b-0000"} and clips["a-0001"]["latents"].shape == (3, 4, 4, 6)
+    assert clips["a-0000"]["text"].shape == (2, 8) and torch.equal(clips["a-0000"]["text"], clips["a-0001"]["text"])
+    codec = data.WanCodec(tmp_path / "vae")
+    whole = data.read_video(tmp_path / "clips" / "a.mp4", (32, 48))[None, :9].float() / 127.5 - 1
+    assert torch.allclose(codec.encode(whole)[0], clips["a-0000"]["latents"], atol=1e-6)
+    assert codec.decode(codec.encode(whole)).shape == whole.shape
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "latents").glob("*.safetensors")}
+    data.main(command)
+    assert times == {p: p.stat().st_mtime_ns for p in times}
+    (tmp_path / "latents").rename(tmp_path / "mine")
+    small_wan(tmp_path)
+    train.main(["--stage", "1", "--teacher", str(tmp_path / "wan"), "--data", str(tmp_path / "mine"), "--out", str(tmp_path / "out"),
+                *WAN, "--frames", "3", "--chunk", "2"])
+
+
 def shell(*command, status=0, cwd=HERE):
     """Run a command of this environment; its standard output and error."""
     tool = Path(sys.executable).parent / command[0]
@@ -990,13 +1035,21 @@ def test_readme_commands_run(tmp_path):
     (tmp_path / "clips").mkdir()
     colour_clip(tmp_path / "clips", "a.mp4", frames=20)
     small_wan(tmp_path)
+    wan = importlib.util.find_spec("diffusers") is not None  # requirements-wan.txt is there
+    if wan:
+        small_vae_and_text_encoder(tmp_path)
     short = " ".join(SMALL).replace("--eval-clips 0 --samples 0", "--eval-clips 2 --samples 2") + " --iters 2 --master_port 29513"
     ran = []
     for line in readme_commands():
         line = line.replace("pip install -r requirements.txt && ", "").replace("DIR_OF_MP4", "clips")
-        line = line.replace("DIR_OF_WAN", "wan").replace("DIR_OF_LATENTS", "latents").replace("nproc_per_node 8", "nproc_per_node 2")
+        line = line.replace("DIR_OF_WAN", "wan").replace("DIR_OF_VAE", "vae").replace("DIR_OF_UMT5", "umt5")
+        line = line.replace("DIR_OF_LATENTS", "encoded" if "encode" in line else "latents").replace("nproc_per_node 8", "nproc_per_node 2")
         command = shlex.split(line)
-        if "wan-1.3b" in command:
+        if command[0] == "pip":
+            continue
+        if "encode" in command:
+            command += ["--size", "32x48", "--frames", "9", "--fps", "0"]
+        elif "wan-1.3b" in command:
             command += WAN[2:]
         elif "train.py" in command:
             command += [flag for flag in short.replace("--master_port 29513", "").split()]
@@ -1010,7 +1063,7 @@ def test_readme_commands_run(tmp_path):
             command += ["--print", "--out", str(tmp_path / "table")]
             (tmp_path / "table" / "seed0" / "stage2").mkdir(parents=True)
             (tmp_path / "table" / "seed0" / "stage2" / "metrics.json").write_text('{"quality_error": 0.1}')
-        output = shell(*command, cwd=tmp_path)
+        output = shell(*command, cwd=tmp_path, status=2 if "encode" in command and not wan else 0)
         ran.append(line)
         assert "Traceback" not in output, line
     assert len(ran) > 12 and (tmp_path / "out/toy/stage3/samples.gif").is_file() and (tmp_path / "sample.gif").is_file()
