@@ -292,6 +292,7 @@ class PatchCodec:
     encode (b, f, 3, H, W) in [-1, 1] -> (b, f, c, H/patch, W/patch), unit variance over all; decode is its inverse but for
     the dropped components. The interface of a video VAE. Components are divided by the SQUARE ROOT of their spread: undivided,
     the coarse ones outshine the noise and motion is hardly ever in doubt; made equal, fine detail takes half of the loss."""
+    ratio = 1  # frames to a latent frame
 
     def __init__(self, patch, mean, basis, scale):
         self.patch, self.mean, self.basis, self.scale = patch, mean, basis, scale
@@ -317,6 +318,10 @@ class PatchCodec:
         mean, basis, scale = (y.to(latents.device) for y in (self.mean, self.basis, self.scale))
         x = (rearrange(latents.float(), "b f c h w -> b f h w c") * scale) @ basis.T + mean
         return rearrange(x, "b f h w (c p q) -> b f c (h p) (w q)", p=self.patch, q=self.patch)
+
+    def decoder(self):
+        """decode() for a stream, part by part."""
+        return self.decode
 
     def save(self, path):
         tensors = {"mean": self.mean, "basis": self.basis, "scale": self.scale, "patch": torch.tensor(self.patch)}
@@ -457,14 +462,40 @@ def write_gif_grid(path, video, columns=4, zoom=3, fps=8):
 
 # ---------------------------------------------------------------- real videos and texts to latents
 
+def sides(size):
+    """"480x832" -> (480, 832), height and width in pixels."""
+    try:
+        height, width = (int(n) for n in size.split("x"))
+    except ValueError:
+        height = width = 1
+    if height % 16 or width % 16:
+        raise UsageError(f"--size {size} is not height x width in multiples of 16: use --size 480x832")
+    return height, width
+
+
+@contextlib.contextmanager
+def published(path):
+    """One sentence for what can go wrong while a published model is loaded from a folder."""
+    if not Path(path).is_dir():
+        raise UsageError(f"{path} is not a folder: name the one that the model was downloaded to")
+    try:
+        yield
+    except ImportError as error:
+        raise UsageError(f"{error}: pip install -r requirements-wan.txt") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the model in {path} cannot be loaded ({_first_line(error)}): download it again") from None
+
+
 class WanCodec:
     """Wan's video VAE (diffusers' AutoencoderKLWan) behind the codec interface: 1 + 4 k frames <-> 1 + k latent frames.
 
     path: a folder with the VAE's config.json and weights. Needs requirements-wan.txt."""
+    ratio = 4  # frames to a latent frame, after the first
 
     def __init__(self, path, device="cpu"):
-        from diffusers import AutoencoderKLWan
-        self.vae = AutoencoderKLWan.from_pretrained(path).eval().requires_grad_(False).to(device)
+        with published(path):
+            from diffusers import AutoencoderKLWan
+            self.vae = AutoencoderKLWan.from_pretrained(path).eval().requires_grad_(False).to(device)
         column = lambda values: torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
         self.mean, self.std = column(self.vae.config.latents_mean), column(self.vae.config.latents_std)
 
@@ -475,17 +506,32 @@ class WanCodec:
 
     def decode(self, latents):
         """The inverse: (b, 1 + k, c, h, w) -> (b, 1 + 4 k, 3, H, W)"""
-        z = latents.float().transpose(1, 2).to(self.mean.device) * self.std + self.mean
-        return self.vae.decode(z).sample.transpose(1, 2)
+        return self.decoder()(latents)
+
+    def decoder(self):
+        """decode() for a stream, part by part: a callable that goes on where its last call ended, at constant memory."""
+        vae, first = self.vae, [True]
+        vae.clear_cache()
+        memory = list(vae._feat_map)  # one of its own, so that two streams do not meet
+
+        def decode(latents):
+            z = vae.post_quant_conv(latents.float().transpose(1, 2).to(self.mean.device) * self.std + self.mean)
+            frames = []
+            for frame in z.split(1, 2):  # as AutoencoderKLWan does inside, but for the end of the stream
+                frames.append(vae.decoder(frame, feat_cache=memory, feat_idx=[0], first_chunk=bool(first) and first.pop()))
+            return torch.cat(frames, 2).clamp(-1, 1).transpose(1, 2)
+
+        return decode
 
 
 class CaptionEncoder:
     """Wan's text encoder (transformers' UMT5): captions to embeddings (l, d), one for each token, the padding left out."""
 
     def __init__(self, path, length=512, device="cpu"):
-        from transformers import AutoTokenizer, UMT5EncoderModel
-        self.tokens, self.length, self.device = AutoTokenizer.from_pretrained(path), length, device
-        self.model = UMT5EncoderModel.from_pretrained(path).eval().requires_grad_(False).to(device)
+        with published(path):
+            from transformers import AutoTokenizer, UMT5EncoderModel
+            self.tokens, self.length, self.device = AutoTokenizer.from_pretrained(path), length, device
+            self.model = UMT5EncoderModel.from_pretrained(path).eval().requires_grad_(False).to(device)
 
     def encode(self, caption):
         """str -> (l, d), l at most `length`"""
@@ -516,15 +562,10 @@ def cut(frames, length):
 
 def encode(args):
     """`python data.py encode`: a .safetensors per clip. Finished videos are skipped, unreadable ones are listed at the end."""
-    size, out, bad = tuple(int(n) for n in args.size.split("x")), Path(args.out), []
-    if len(size) != 2 or any(n % 16 for n in size) or args.frames % 4 != 1:
-        raise UsageError(f"--size {args.size} --frames {args.frames}: height and width must be multiples of 16, frames 4 k + 1")
-    try:
-        codec, words = WanCodec(args.vae, args.device), CaptionEncoder(args.text_encoder, device=args.device)
-    except ImportError as error:
-        raise UsageError(f"{error}: pip install -r requirements-wan.txt") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--vae {args.vae} or --text-encoder {args.text_encoder} cannot be loaded ({_first_line(error)})") from None
+    size, out, bad = sides(args.size), Path(args.out), []
+    if args.frames % 4 != 1:
+        raise UsageError(f"--frames {args.frames} is not 4 k + 1: use --frames {max(5, args.frames // 4 * 4 + 1)}")
+    codec, words = WanCodec(args.vae, args.device), CaptionEncoder(args.text_encoder, device=args.device)
     sources = sorted(p for p in Path(args.videos).glob("*") if p.suffix.lower() in VIDEO_ENDINGS)
     if not sources:
         raise UsageError(f"no videos in {args.videos}: put {', '.join(VIDEO_ENDINGS)} files there")

@@ -10,16 +10,17 @@ which is what closes the train-test gap (Self Forcing, 2506.08009).
 import argparse
 import json
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
-from data import PatchCodec, VideoWriter, WordEncoder, dataset, explain, held_out, read_image
+from data import (CaptionEncoder, PatchCodec, VideoWriter, WanCodec, WordEncoder, dataset, explain, held_out, read_image,
+                  sides)
 from losses import add_noise, guide, shift_time, x0_from_flow
-from model import Config, KVCache, UsageError, build, load_into, open_weights
+from model import PRESETS, Config, KVCache, UsageError, build, load_into, open_weights
 
 
 def schedule(steps, shift):
@@ -150,11 +151,15 @@ def read_settings(folder):
     return None
 
 
-def load_stage(folder, file="ema.safetensors"):
-    """What train.py left in a stage's folder: (network, codec, settings as a dict). UsageError where it is missing."""
+def load_stage(folder, file="ema.safetensors", preset=None):
+    """(network, codec or None, settings as a dict) of what train.py left in a stage's folder, or of a student's official
+    weights, to which `preset` gives the shape. UsageError where they are missing."""
     folder, settings = Path(folder), read_settings(folder)
     if settings is None:
-        raise UsageError(f"{folder} holds weights without the settings of a stage: train.py takes them as --teacher")
+        if preset not in PRESETS:
+            raise UsageError(f"{folder} holds weights without settings: say --preset {' or '.join(p for p in PRESETS if p != 'toy')}")
+        cfg = Config(**PRESETS[preset])
+        return load_into(build(cfg), open_weights(folder), folder), None, {**asdict(cfg), "stage": 2, "student_steps": 4}
     cfg = Config(**{f.name: settings[f.name] for f in fields(Config)})
     return load_into(build(cfg), open_weights(folder / file), folder / file), load_codec(folder), settings
 
@@ -177,20 +182,42 @@ def newest_stage(root="out"):
 
 def stream(net, codec, settings, first, text, randn, frames, steps):
     """Pixels (f, 3, H, W) chunk after chunk for one clip; stage 0, the teacher, makes the whole clip at once."""
+    latents, decode, written = 1 - (1 - frames) // codec.ratio, codec.decoder(), 0
     if settings["stage"] == 0:
-        yield codec.decode(animate(net, settings, first, text, randn, frames, steps and steps[0]))[0]
+        yield decode(animate(net, settings, first, text, randn, latents, steps and steps[0]))[0][:frames]
         return
-    written = 0
-    for chunk in rollout(net, first, text, randn, frames, steps or settings["student_steps"]):
-        yield codec.decode(chunk[:, :frames - written])[0]
-        written += chunk.shape[1]
+    for chunk in rollout(net, first, text, randn, latents, steps or settings["student_steps"]):
+        part = decode(chunk)[0][:frames - written]
+        written += len(part)
+        yield part
+
+
+def inputs(args, codec, settings):
+    """What the command line asks for: (codec, first latent frames, embedded text, caption)."""
+    if codec is None:
+        if not (args.vae and args.text_encoder and args.image):
+            raise UsageError("this network was trained on latents: name --vae, --text-encoder and --image as well")
+        codec, words = WanCodec(args.vae, args.device), CaptionEncoder(args.text_encoder, settings["text_len"], args.device)
+        pixels, caption = read_image(args.image, sides(args.size)), args.prompt or ""
+        return codec, codec.encode(pixels), words.encode(caption)[None], caption
+    if args.image:
+        pixels, caption = read_image(args.image, settings["size"]), ""
+    else:
+        clip = dataset(SimpleNamespace(**settings)).batch([held_out(1, args.seed)[0]])
+        pixels, caption = clip["video"][:, :1], clip["text"][0]
+    caption = caption if args.prompt is None else args.prompt
+    return codec, codec.encode(pixels), WordEncoder(settings["text_len"], settings["text_dim"]).encode([caption]), caption
 
 
 def main(argv=None):
     """The command line: one clip to one file. UsageError for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message}; sample.py --help lists every flag\n")
-    parser.add_argument("--weights", help="folder of a stage; default: the one finished last under out/")
+    parser.add_argument("--weights", help="folder of a stage, or a student's official weights; default: the stage finished last under out/")
+    parser.add_argument("--preset", help="shape of official weights: wan-1.3b or wan-14b")
+    parser.add_argument("--vae", help="folder of Wan's VAE, for networks that were trained on latents")
+    parser.add_argument("--text-encoder", help="folder of Wan's text encoder and tokenizer, for those")
+    parser.add_argument("--size", default="480x832", help="height x width in pixels, for those")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--image", help="picture to animate; its centre square is used")
     source.add_argument("--from-data", action="store_true", help="first frame and caption of a clip that was not trained on")
@@ -200,29 +227,25 @@ def main(argv=None):
                                                              "for all that follow (4 1 is First-Frame Enhancement)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, and of the choice of the clip")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
-    parser.add_argument("--fps", type=float, default=8, help="frames a second of the file")
+    parser.add_argument("--fps", type=float, default=0, help="frames a second of the file; default: 8, of latents 16")
     parser.add_argument("--zoom", type=int, default=0, help="enlarge pixels; default: to about 256 pixels")
     parser.add_argument("--out", default="sample.mp4", help="file to write, .mp4 or .gif")
     args = parser.parse_args(argv)
     if args.frames < 0 or args.steps and min(args.steps) < 1:
         raise UsageError("--frames and --steps must be positive")
 
-    net, codec, settings = load_stage(args.weights or newest_stage())
+    net, codec, settings = load_stage(args.weights or newest_stage(), preset=args.preset)
     net.to(args.device)
-    if args.image:
-        pixels, caption = read_image(args.image, settings["size"]), ""
-    else:
-        clip = dataset(SimpleNamespace(**settings)).batch([held_out(1, args.seed)[0]])
-        pixels, caption = clip["video"][:, :1], clip["text"][0]
-    caption = caption if args.prompt is None else args.prompt
-    first = codec.encode(pixels).to(args.device)[:, :settings["first"]]
-    text = WordEncoder(settings["text_len"], settings["text_dim"]).encode([caption]).to(args.device)
+    codec, first, text, caption = inputs(args, codec, settings)
+    first, text = first.to(args.device)[:, :settings["first"]], text.to(args.device)
     noise = torch.Generator().manual_seed(args.seed)
     randn = lambda frames: torch.randn(1, frames, *first.shape[2:], generator=noise).to(args.device)
-    frames = args.frames or settings["frames"]
+    frames = args.frames or 1 + codec.ratio * (settings["frames"] - 1)
+    zoom = args.zoom or (1 if codec.ratio > 1 else max(1, 256 // settings["size"]))
 
     began, chunks, written = time.perf_counter(), [], 0
-    with torch.no_grad(), VideoWriter(args.out, args.fps, args.zoom or max(1, 256 // settings["size"])) as writer:
+    half = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
+    with torch.no_grad(), half, VideoWriter(args.out, args.fps or (16 if codec.ratio > 1 else 8), zoom) as writer:
         for part in tqdm(stream(net, codec, settings, first, text, randn, frames, args.steps), unit="chunk"):
             chunks.append((time.perf_counter() - began, len(part)))
             writer.write(part)

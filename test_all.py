@@ -866,7 +866,10 @@ def test_videos_and_captions_become_latents(tmp_path, capsys):
     codec = data.WanCodec(tmp_path / "vae")
     whole = data.read_video(tmp_path / "clips" / "a.mp4", (32, 48))[None, :9].float() / 127.5 - 1
     assert torch.allclose(codec.encode(whole)[0], clips["a-0000"]["latents"], atol=1e-6)
-    assert codec.decode(codec.encode(whole)).shape == whole.shape
+    latents, part = codec.encode(whole), codec.decoder()
+    back = codec.vae.decode(latents.transpose(1, 2) * codec.std + codec.mean).sample.transpose(1, 2)
+    assert back.shape == whole.shape and relative(codec.decode(latents), back) < 1e-5
+    assert relative(torch.cat([part(latents[:, :1]), part(latents[:, 1:])], 1), back) < 1e-5  # a stream is the whole
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "latents").glob("*.safetensors")}
     data.main(command)
     assert times == {p: p.stat().st_mtime_ns for p in times}
@@ -874,6 +877,11 @@ def test_videos_and_captions_become_latents(tmp_path, capsys):
     small_wan(tmp_path)
     train.main(["--stage", "1", "--teacher", str(tmp_path / "wan"), "--data", str(tmp_path / "mine"), "--out", str(tmp_path / "out"),
                 *WAN, "--frames", "3", "--chunk", "2"])
+    iio.imwrite(tmp_path / "photo.png", np.zeros((60, 80, 3), np.uint8))
+    models = ["--vae", str(tmp_path / "vae"), "--text-encoder", str(tmp_path / "umt5"), "--size", "32x48"]
+    sample.main(["--weights", str(tmp_path / "out" / "stage1"), "--image", str(tmp_path / "photo.png"), "--prompt", "red disc", "--frames",
+                 "30", "--out", str(tmp_path / "sample.mp4"), *models])
+    assert data.read_video(tmp_path / "sample.mp4", (32, 48)).shape == (30, 3, 32, 48)
 
 
 def shell(*command, status=0, cwd=HERE):
@@ -1047,7 +1055,9 @@ def test_readme_commands_run(tmp_path):
         command = shlex.split(line)
         if command[0] == "pip":
             continue
-        if "encode" in command:
+        if "sample.py" in command and "--vae" in command:
+            command += ["--size", "32x48"]
+        elif "encode" in command:
             command += ["--size", "32x48", "--frames", "9", "--fps", "0"]
         elif "wan-1.3b" in command:
             command += WAN[2:]
@@ -1063,7 +1073,7 @@ def test_readme_commands_run(tmp_path):
             command += ["--print", "--out", str(tmp_path / "table")]
             (tmp_path / "table" / "seed0" / "stage2").mkdir(parents=True)
             (tmp_path / "table" / "seed0" / "stage2" / "metrics.json").write_text('{"quality_error": 0.1}')
-        output = shell(*command, cwd=tmp_path, status=2 if "encode" in command and not wan else 0)
+        output = shell(*command, cwd=tmp_path, status=2 if "--vae" in command and not wan else 0)
         ran.append(line)
         assert "Traceback" not in output, line
     assert len(ran) > 12 and (tmp_path / "out/toy/stage3/samples.gif").is_file() and (tmp_path / "sample.gif").is_file()
