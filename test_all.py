@@ -902,6 +902,7 @@ def shell(*command, status=0, cwd=HERE):
     ("--stage 0 --size 33", "use --size 32"),
     ("--stage 0 --data nowhere", "nowhere is not a folder"),
     ("--stage 2", "holds no finished stage"),
+    ("--stage 3 --dmd 0 --gan 0", "nothing to learn from"),
     ("--stage 0 --batch-size 0", "--batch-size 0 is too small"),
     ("--stage 3 --disc-layers 9", "--disc-layers 9 does not exist"),
     ("--stage 3 --gan-loss hinge", "--gan-loss hinge is unknown"),

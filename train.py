@@ -195,7 +195,9 @@ def check(cfg):
     if cfg.gan_loss not in L.GAN_LOSSES:
         raise UsageError(f"--gan-loss {cfg.gan_loss} is unknown: choose from {', '.join(L.GAN_LOSSES)}")
     if max(cfg.disc_layers) >= cfg.num_layers:
-        raise UsageError(f"--disc-layers {max(cfg.disc_layers)} does not exist: the network has blocks 0 to {cfg.num_layers - 1}")
+        raise UsageError(f"--disc-layers {max(cfg.disc_layers)} does not exist: the blocks are 0 to {cfg.num_layers - 1}")
+    if cfg.stage > 1 and not (cfg.dmd or cfg.gan):
+        raise UsageError(f"--dmd 0 --gan 0: stage {cfg.stage} has nothing to learn from, give one of them a weight")
     if len(cfg.level_weights) != cfg.levels + 1:
         raise UsageError(f"--level-weights needs {cfg.levels + 1} numbers, one for each of --levels {cfg.levels} and clean")
     if cfg.ode_steps % cfg.levels:
@@ -547,12 +549,15 @@ def prepare(run):
         teacher, _ = source(cfg, official)
     run.add("ema", student, where=before)
     run.add("student", student, [("", cfg.lr)], where=before)
-    if cfg.stage == 1 or cfg.dmd:
+    if cfg.stage == 1 or cfg.stage > 1 and cfg.dmd:
         run.add("teacher", teacher, where=official)
-    if cfg.dmd:  # where stage 2 left a fake score, it has followed this very student: go on from there
+    if cfg.stage > 1 and cfg.dmd:
         followed = before / "fake.safetensors"
-        run.add("fake", open_weights(followed) if followed.is_file() else teacher, [("", cfg.critic_lr)], where=followed)
-    if cfg.gan:
+        if followed.is_file():  # it has followed this very student: go on from there
+            run.add("fake", open_weights(followed), [("", cfg.critic_lr)], where=followed)
+        else:
+            run.add("fake", teacher, [("", cfg.critic_lr)], where=official)
+    if cfg.stage > 1 and cfg.gan:
         make = lambda cfg: Discriminator(build(cfg), cfg.disc_layers, cfg.disc_causal, cfg.disc_framewise, cfg.disc_queries)
         heads = Discriminator(None, cfg.disc_layers, queries=cfg.disc_queries, cfg=cfg).state_dict()
         backbone = {f"backbone.{k}": v for k, v in (student if cfg.disc_causal else teacher).items()}
@@ -770,8 +775,8 @@ def loop(run):
                 break
     bar.close()
     rate = (run.step - first) / (time.perf_counter() - began)
-    peak = (torch.cuda.max_memory_allocated() if cfg.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30
-    return f"{rate:.2f} steps/s, {rate * cfg.batch_size * run.tokens:,.0f} tokens/s, peak memory {peak:.1f} GiB per process"
+    kib = torch.cuda.max_memory_allocated() / 1024 if cfg.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{rate:.2f} steps/s, {rate * cfg.batch_size * run.tokens:,.0f} tokens/s, peak memory {kib / 2 ** 20:.1f} GiB per process"
 
 
 def train(cfg, fresh=False):
