@@ -184,12 +184,23 @@ def settle(given, stage):
 def check(cfg):
     """Raise UsageError, naming the field, for settings that cannot work together."""
     chunk_bounds(cfg.frames, cfg.first, cfg.chunk)
-    for name in ("iters", "batch_size", "micro_batch", "save_every", "seed"):
-        if getattr(cfg, name) < (1 if name == "batch_size" else 0):
+    positive = ("batch_size", "codec_patch", "levels", "num_heads", "in_dim", "trajectories", "student_steps")
+    for name in ("iters", "micro_batch", "save_every", "seed", *positive):
+        if getattr(cfg, name) < (1 if name in positive else 0):
             raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is too small")
+    if cfg.seed > 90:
+        raise UsageError(f"--seed {cfg.seed} is too large, its clips would be held-out ones: use 0 to 90")
+    if cfg.dim % (2 * cfg.num_heads):
+        raise UsageError(f"--dim {cfg.dim} does not divide into --num-heads {cfg.num_heads} of even width")
+    if cfg.in_dim != cfg.out_dim:
+        raise UsageError(f"--in-dim {cfg.in_dim} and --out-dim {cfg.out_dim} must be the same")
+    try:
+        torch.empty(1, device=cfg.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {cfg.device} is not here ({str(error).splitlines()[0][:100]})") from None
     if cfg.size % (cfg.codec_patch * cfg.patch):
         raise UsageError(f"--size {cfg.size} does not divide into patches of {cfg.codec_patch * cfg.patch} pixels: "
-                         f"use --size {round(cfg.size / 8) * 8 or 8}")
+                         f"use --size {max(1, round(cfg.size / (cfg.codec_patch * cfg.patch))) * cfg.codec_patch * cfg.patch}")
     if cfg.dtype not in ("bfloat16", "float32"):
         raise UsageError(f"--dtype {cfg.dtype} is unknown: choose bfloat16 or float32")
     if cfg.gan_loss not in L.GAN_LOSSES:
@@ -536,11 +547,16 @@ STEPS = {0: teacher_step, 1: ode_step, 2: distil_step, 3: distil_step}
 
 # ---------------------------------------------------------------- the beginning of a stage
 
+def start_from(cfg):
+    """Where a stage finds (its student's weights, its teacher's)."""
+    official = Path(cfg.teacher or Path(cfg.out) / "stage0")
+    return Path(cfg.init or (official if cfg.stage == 1 else Path(cfg.out) / f"stage{cfg.stage - 1}")), official
+
+
 def prepare(run):
     """Give a stage its codec and its networks: the student from the stage before, the rest from the teacher."""
     cfg = run.cfg
-    official = cfg.teacher or Path(cfg.out) / "stage0"
-    before = Path(cfg.init or (official if cfg.stage == 1 else Path(cfg.out) / f"stage{cfg.stage - 1}"))
+    before, official = start_from(cfg)
     if cfg.stage == 0:
         run.codec = None if run.data.latent else PatchCodec.fit(run.data.batch(range(512))["video"], cfg.codec_patch, cfg.in_dim)
         student = build(cfg).init_weights().state_dict()
@@ -716,7 +732,7 @@ def begin(cfg, folder, fresh):
     if fresh or not cfg.resume:
         shutil.rmtree(folder, ignore_errors=True)
     elif before:
-        free = ("resume", "device", "micro_batch", "recompute", "max_bad_steps", "save_every", "samples", "eval_clips")
+        free = ("out", "resume", "device", "micro_batch", "recompute", "max_bad_steps", "save_every", "samples", "eval_clips")
         for name, value in json.loads(json.dumps(asdict(cfg))).items():
             if name not in free and before.get(name) != value:
                 raise UsageError(f"{folder} was trained with {name} {before.get(name)}, now it is {value}: choose another --out or "
@@ -782,6 +798,10 @@ def loop(run):
 def train(cfg, fresh=False):
     """One stage from its beginning, or from where it was interrupted, to its end. Returns whether it was trained."""
     folder, (rank, _) = stage_folder(cfg), world()
+    for path in start_from(cfg) if cfg.stage else ():  # before anything of the folder is written or removed
+        if path.resolve() == folder.resolve():
+            raise UsageError(f"{folder} cannot start from itself: choose another --tag or --out")
+        source(cfg, path)
     go = [begin(cfg, folder, fresh) if rank == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(go)
@@ -834,6 +854,8 @@ def main(argv=None):
         if given.get("stage", -1) != -1:
             train(settle(given, given["stage"]))
             return
+        if {"tag", "init"} & given.keys():
+            raise UsageError("--tag and --init belong to one stage: say which with --stage")
         fresh = False  # whatever stood on a stage that is trained anew is trained anew
         for cfg in [settle(given, stage) for stage in range(1 if "teacher" in given else 0, 4)]:
             fresh = train(cfg, fresh) or fresh

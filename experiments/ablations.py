@@ -7,7 +7,7 @@
     stage0 .. stage3       the recipe
     stage2-longer          a control of stage 3: stage 2 goes on for as long as stage 3 takes
     stage3-no-gan          the other control: all of stage 3 but its discriminator
-    stage3-no-warmup       stage 3 from stage 1, without DMD (the paper's table 2)
+    stage3-no-warmup       stage 3 from stage 1, without stage 2 (the paper's table 2; fewer steps in all)
     stage3-<judge>         causal or bidirectional, frame-wise or video-wise (the paper's table 3)
 """
 import argparse
@@ -93,6 +93,7 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, default=2, help="seeds trained side by side, one thread each; 1: one seed on all cores")
     parser.add_argument("--judges", action="store_true", help="also train with the other three discriminators")
     parser.add_argument("--print", action="store_true", help="train nothing, print the table of what is finished")
+    parser.allow_abbrev = False
     args, extra = parser.parse_known_args(argv)
     plan = RECIPE + CONTROLS + JUDGES * args.judges
     if not args.print:

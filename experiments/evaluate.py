@@ -277,8 +277,10 @@ def main(argv=None):
             raise UsageError(f"{folder} is not a folder: name a stage such as out/toy/stage3, or a folder of videos")
         if (Path(folder) / "config.json").is_file():
             rows.append(stage_scores(folder, args.clips, args.steps, not args.no_long))
-            with written_whole(Path(folder) / "metrics.json") as temporary:
-                temporary.write_text(json.dumps(rows[-1], indent=1))
+            metrics = Path(folder) / "metrics.json"
+            before = json.loads(metrics.read_text()) if metrics.is_file() else {}  # what is not measured anew is kept
+            with written_whole(metrics) as temporary:
+                temporary.write_text(json.dumps({**before, **rows[-1]}, indent=1))
         else:
             rows.append(folder_scores(folder))
     print(table(rows))
