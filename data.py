@@ -617,6 +617,8 @@ def main(argv=None):
     parser.add_argument("--fps", type=float, default=0.0, help="resample to this rate; 0: every frame")
     parser.add_argument("--clips", type=int, default=8, help="rows of the sheet")
     args = parser.parse_args(argv)
+    if args.clips < 1 or args.frames < 1 or Path(args.preview).suffix.lower() not in IMAGE_ENDINGS:
+        raise UsageError(f"--preview takes a name that ends in {', '.join(IMAGE_ENDINGS)}, --clips and --frames at least 1")
     data = dataset(args)
     if data.latent:
         raise UsageError(f"{args.data} holds latents, which cannot be shown: --preview takes a folder of videos")

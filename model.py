@@ -69,6 +69,8 @@ def chunk_bounds(frames, first, chunk):
     """[(start, end)] of every chunk of a clip: one of `first` frames (none if 0), then `chunk` frames each.
 
     Raises UsageError where the frames do not divide into chunks."""
+    if chunk < 1 or first < 0:
+        raise UsageError(f"--chunk {chunk} --first {first}: a chunk has at least 1 frame, the image at least 0")
     if frames < first + chunk or (frames - first) % chunk:
         near = first + max(1, round((frames - first) / chunk)) * chunk
         raise UsageError(f"{frames} frames do not divide into a first chunk of {first} and chunks of {chunk}: "

@@ -233,6 +233,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.frames < 0 or args.steps and min(args.steps) < 1:
         raise UsageError("--frames and --steps must be positive")
+    if args.fps < 0 or args.zoom < 0:
+        raise UsageError("--fps and --zoom must be positive")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {args.device} is not here ({str(error).splitlines()[0][:100]})") from None
 
     net, codec, settings = load_stage(args.weights or newest_stage(), preset=args.preset)
     net.to(args.device)

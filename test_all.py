@@ -826,9 +826,10 @@ def test_stages_from_official_weights_and_latents(tmp_path):
     ((11, 4, 4, 6), (4, 9), "text up to 4 x 8"), ((8, 4, 4, 6), (4, 8), "8 latent frames, a clip needs 9"),
     ((4, 4), (4, 8), "holds no clip")])
 def test_bad_latents_are_one_sentence(tmp_path, capsys, latents, text, message):
+    small_wan(tmp_path / "good")
     save_file({"latents": torch.zeros(latents), "text": torch.zeros(text)}, tmp_path / "0.safetensors")
     with pytest.raises(SystemExit) as stop:
-        train.main(["--stage", "1", "--teacher", "nowhere", "--data", str(tmp_path), "--out", str(tmp_path / "out"), *WAN])
+        train.main(["--stage", "1", "--teacher", str(tmp_path / "good" / "wan"), "--data", str(tmp_path), "--out", str(tmp_path / "out"), *WAN])
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -903,6 +904,13 @@ def shell(*command, status=0, cwd=HERE):
     ("--stage 0 --data nowhere", "nowhere is not a folder"),
     ("--stage 2", "holds no finished stage"),
     ("--stage 3 --dmd 0 --gan 0", "nothing to learn from"),
+    ("--chunk 0", "at least 1 frame"),
+    ("--levels 0", "too small"),
+    ("--num-heads 3", "does not divide into --num-heads"),
+    ("--in-dim 8", "must be the same"),
+    ("--seed 100", "held-out"),
+    ("--tag mine", "belong to one stage"),
+    ("--device tpu", "is not here"),
     ("--stage 0 --batch-size 0", "--batch-size 0 is too small"),
     ("--stage 3 --disc-layers 9", "--disc-layers 9 does not exist"),
     ("--stage 3 --gan-loss hinge", "--gan-loss hinge is unknown"),
@@ -997,6 +1005,8 @@ def test_sampling_command(small_run, tmp_path):
     ("--image none.png", "none.png does not exist"),
     ("--from-data --steps 0", "must be positive"),
     ("--from-data --what", "unrecognized arguments"),
+    ("--from-data --zoom -2", "must be positive"),
+    ("--from-data --device tpu", "is not here"),
 ])
 def test_bad_sampling_is_one_sentence(small_run, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)

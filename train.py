@@ -130,7 +130,6 @@ RECIPES = {  # preset -> stage -> what differs from the defaults
         3: dict(iters=100, gan=1.0, dmd=1.0, gan_ratio=0.3, guidance=1.0, cache_grad=True, lr=3e-4, betas=(0.5, 0.99), decay=0.6,
                 critic_lr=5e-4, critic_betas=(0.0, 0.99), critic_warmup=10),  # alone, the GAN term did not help: see README
     },
-    "wan-1.3b": {}, "wan-14b": {},
 }
 _WAN_RECIPE = {
     0: dict(iters=0),
