@@ -172,6 +172,14 @@ def load_codec(folder):
 
 # ---------------------------------------------------------------- the command
 
+def check_device(name):
+    """UsageError where there is no such device."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} is not here ({str(error).splitlines()[0][:100]})") from None
+
+
 def newest_stage(root="out"):
     """The stage under out/ that was finished last."""
     done = sorted(Path(root).glob("*/stage*/ema.safetensors"), key=lambda p: p.stat().st_mtime)
@@ -235,10 +243,7 @@ def main(argv=None):
         raise UsageError("--frames and --steps must be positive")
     if args.fps < 0 or args.zoom < 0:
         raise UsageError("--fps and --zoom must be positive")
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {args.device} is not here ({str(error).splitlines()[0][:100]})") from None
+    check_device(args.device)
 
     net, codec, settings = load_stage(args.weights or newest_stage(), preset=args.preset)
     net.to(args.device)

@@ -213,7 +213,7 @@ def test_cached_rollout_equals_masked_pass():
 
 def dense_stream(net, chunks, times, text, sink, window, relative_positions=True):
     """A stream by a reference that keeps every key of every layer for ever, and chooses what may be seen frame by frame."""
-    cfg, history, outputs = net.cfg, [[] for _ in net.blocks], []
+    history, outputs = [[] for _ in net.blocks], []
     done = 0
 
     def patched(x, t, past_frames):
@@ -358,6 +358,21 @@ def test_official_checkpoints_load_strictly(tmp_path, kind):
     loaded = M.load_into(M.build(cfg), M.open_weights(write_official(tmp_path / "wan", kind, net)), tmp_path)
     error = relative(loaded(x, t, text), net(x, t, text))
     assert 0 < error < 2e-2 if kind == "bfloat16" else error == 0
+
+
+def test_a_published_student_can_be_sampled_from(tmp_path, monkeypatch):
+    cfg = tiny(precondition=False)
+    shape = {f.name: getattr(cfg, f.name) for f in train.fields(M.Config)}
+    monkeypatch.setitem(M.PRESETS, "wan-1.3b", shape)
+    path = write_official(tmp_path, "generator_ema", network(cfg))
+    net, codec, settings = sample.load_stage(path, preset="wan-1.3b")
+    assert codec is None and settings["student_steps"] == 4 and settings["frames"] == cfg.frames
+    x, _, text = inputs(cfg, b=1)
+    with torch.no_grad():
+        video = sample.animate(net, settings, x[:, :1], text, lambda f: torch.randn(1, f, *x.shape[2:]), 7)
+    assert video.shape == x.shape and video.isfinite().all()
+    with pytest.raises(M.UsageError, match="say --preset"):
+        sample.load_stage(path)
 
 
 def test_wrong_official_checkpoints_are_one_sentence(tmp_path):

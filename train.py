@@ -46,7 +46,7 @@ from data import (PatchCodec, Draws, WordEncoder, dataset, explain, held_out, re
                   write_sheet, written_whole)
 from discriminator import Discriminator
 from model import PRESETS, Config, UsageError, block_causal_mask, build, chunk_bounds, load_into, open_weights
-from sample import animate, frame_times, guided, load_codec, read_settings, rollout, sample_ode, schedule
+from sample import animate, check_device, frame_times, guided, load_codec, read_settings, rollout, sample_ode, schedule
 
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a state of a single process is saved on purpose
@@ -193,10 +193,7 @@ def check(cfg):
         raise UsageError(f"--dim {cfg.dim} does not divide into --num-heads {cfg.num_heads} of even width")
     if cfg.in_dim != cfg.out_dim:
         raise UsageError(f"--in-dim {cfg.in_dim} and --out-dim {cfg.out_dim} must be the same")
-    try:
-        torch.empty(1, device=cfg.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {cfg.device} is not here ({str(error).splitlines()[0][:100]})") from None
+    check_device(cfg.device)
     if cfg.size % (cfg.codec_patch * cfg.patch):
         raise UsageError(f"--size {cfg.size} does not divide into patches of {cfg.codec_patch * cfg.patch} pixels: "
                          f"use --size {max(1, round(cfg.size / (cfg.codec_patch * cfg.patch))) * cfg.codec_patch * cfg.patch}")
@@ -597,7 +594,7 @@ def source(cfg, path):
 
 
 def make_trajectories(run, at_once=32):
-    """The teacher's ODE trajectories, a file each with the states at the student's levels; those there are kept."""
+    """The teacher's ODE trajectories, a file each with the states at the student's levels. A single process keeps those that are there."""
     cfg, folder = run.cfg, run.dir / "trajectories"
     keep = range(0, cfg.ode_steps, cfg.ode_steps // cfg.levels)
     mine = [n % cfg.trajectories for n in range(run.rank, -(-cfg.trajectories // run.world) * run.world, run.world)]  # as many for all
