@@ -221,30 +221,45 @@ class LatentFolder:
     """Clips that have been encoded: a .safetensors file each, with `latents` (f, c, h, w) and `text` (l, d), the embedded caption.
 
     What training at Wan scale reads. A clip is the first `frames` frames of a file, since the first latent frame of a video
-    VAE is special. Raises UsageError, naming the file, for what does not fit."""
+    VAE is special. Files may also hold `text` alone, or be a teacher's trajectories (`states`, of which the last is a clip).
+    Raises UsageError, naming the file, for what does not fit."""
     latent = True
 
     def __init__(self, folder, frames):
         self.paths, self.frames = sorted(Path(folder).glob("*.safetensors")), frames
+        self.only_text = read_tensors(self.paths[0]).keys() == {"text"}
 
-    def check(self, cfg):
-        """UsageError unless channels and text are what the network of `cfg` takes."""
-        x, text = (self.batch([0])[name].shape for name in ("latents", "embeddings"))
-        if x[2] != cfg.in_dim or text[2] != cfg.text_dim or text[1] > cfg.text_len or x[3] % cfg.patch or x[4] % cfg.patch:
-            raise UsageError(f"{self.paths[0]} has latents {tuple(x[1:])} and text {tuple(text[1:])}, the network takes {cfg.in_dim} channels, "
-                             f"sides that divide by {cfg.patch}, text up to {cfg.text_len} x {cfg.text_dim}: choose the preset they were made for")
+    def check(self, cfg, trajectories):
+        """The folder to train on: this one, or, for stage 2 where only captions are given, the ends of stage 1's `trajectories`.
+        UsageError unless channels and text are what the network of `cfg` takes."""
+        if self.only_text and cfg.stage == 2 and any(Path(trajectories).glob("*.safetensors")):
+            return LatentFolder(trajectories, self.frames).check(cfg, trajectories)
+        if self.only_text and cfg.stage != 1:
+            raise UsageError(f"{self.paths[0]} holds a caption alone, which is enough for stage 1 and, after it, for stage 2: "
+                             f"stage {cfg.stage} needs clips, see data.py encode")
+        batch = self.batch([0])
+        x, text = batch.get("latents"), batch["embeddings"]
+        shape = (1, self.frames, cfg.in_dim, cfg.patch, cfg.patch) if x is None else x.shape
+        if (shape[2] != cfg.in_dim or text.shape[2] != cfg.text_dim or text.shape[1] > cfg.text_len
+                or shape[3] % cfg.patch or shape[4] % cfg.patch):
+            raise UsageError(f"{self.paths[0]} has latents {tuple(shape[1:])} and text {tuple(text.shape[1:])}, the network takes {cfg.in_dim} "
+                             f"channels, sides that divide by {cfg.patch}, text up to {cfg.text_len} x {cfg.text_dim}: choose the preset they were made for")
+        return self
 
     def batch(self, indices):
         clips = [self._read(self.paths[np.random.default_rng(int(i)).integers(len(self.paths))]) for i in indices]
         length = max(len(clip["text"]) for clip in clips)
-        return {"latents": torch.stack([clip["latents"][:self.frames].float() for clip in clips]),
-                "embeddings": torch.stack([F.pad(clip["text"].float(), (0, 0, 0, length - len(clip["text"]))) for clip in clips])}
+        batch = {"embeddings": torch.stack([F.pad(clip["text"].float(), (0, 0, 0, length - len(clip["text"]))) for clip in clips])}
+        return batch if self.only_text else {**batch, "latents": torch.stack([c["latents"][:self.frames].float() for c in clips])}
 
     def _read(self, path):
         clip = read_tensors(path)
-        if not {"latents", "text"} <= clip.keys() or clip["latents"].ndim != 4 or clip["text"].ndim != 2:
+        if "states" in clip:
+            clip["latents"] = clip["states"][-1]
+        needed = {"text"} if self.only_text else {"latents", "text"}
+        if not needed <= clip.keys() or clip["text"].ndim != 2 or not self.only_text and clip["latents"].ndim != 4:
             raise UsageError(f"{path} holds no clip, which is latents (f, c, h, w) and text (l, d): remove it from the folder")
-        if len(clip["latents"]) < self.frames:
+        if not self.only_text and len(clip["latents"]) < self.frames:
             raise UsageError(f"{path} has {len(clip['latents'])} latent frames, a clip needs {self.frames}: remove it, or lower --frames")
         return clip
 

@@ -93,6 +93,11 @@ def dmd_loss(x, grad, mask=None):
     return 0.5 * F.mse_loss(x, (x - grad).detach())
 
 
+def change(x):
+    """x[:, 1:] - x[:, :-1], what happens between frames. DMD on it is flow distribution matching (Diagonal Distillation, 2603.09488)."""
+    return x[:, 1:] - x[:, :-1]
+
+
 def student_levels(u, shift, low=0.02, high=0.98):
     """Noise levels for the score networks from u ~ U[0, 1]: shifted, then clamped away from both ends (DMD2)."""
     return shift_time(u, shift).clamp(low, high)

@@ -296,7 +296,7 @@ class DiT(nn.Module):
                    (t = 0) rides along; they see what that pass would see, the rest sees what it would see after it
         taps       indices of blocks whose hidden states are returned as well
         Raises ValueError for sides that do not divide into patches and for too long a text."""
-        p, (b, f, c, h, w) = self.cfg.patch, x.shape
+        p, (_, f, _, h, w) = self.cfg.patch, x.shape
         if h % p or w % p:
             raise ValueError(f"latent frames of {h}x{w} do not divide into patches of {p}x{p}")
         if text.shape[1] > self.cfg.text_len:
@@ -317,7 +317,8 @@ class DiT(nn.Module):
         hidden, present = [], []
         for i, block in enumerate(self.blocks):
             x, kv = block(x, e6, text, views, past[i] if past else None)
-            present.append(kv)
+            if cache is not None:  # else nothing is remembered, and kept for nothing
+                present.append(kv)
             if taps and i in taps:
                 hidden.append(x)
         if cache is not None:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import data
 import losses as L
 import model as M
+import parallel
 import sample
 import train
 from discriminator import Discriminator
@@ -406,8 +407,8 @@ def test_processes_read_only_their_rows(monkeypatch):
         whole = torch.arange(rows * 2).view(rows, 2)
         parts = list(torch.chunk(whole, size)) + [whole[:0]] * size
         for rank in range(size):
-            monkeypatch.setattr(train, "world", lambda: (rank, size))
-            target, own = train.own_rows(Sharded(whole, parts[rank]))
+            monkeypatch.setattr(parallel, "world", lambda: (rank, size))
+            target, own = parallel.own_rows(Sharded(whole, parts[rank]))
             assert torch.equal(whole[own], target)
 
 
@@ -794,7 +795,8 @@ def test_accumulation_is_the_same_batch(small_run, tmp_path, stage):
             assert a[name] == pytest.approx(b[name], abs=1e-4)  # Adam amplifies rounding where a gradient is nearly 0
 
 
-@pytest.mark.parametrize("stage, processes, more", [(0, 2, ""), (1, 2, ""), (2, 2, "--recompute"), (3, 2, ""), (3, 4, "--recompute")])
+@pytest.mark.parametrize("stage, processes, more", [(0, 2, ""), (1, 2, ""), (2, 2, "--recompute"), (3, 2, ""), (3, 4, "--recompute"),
+                                                     (1, 2, "--context-parallel 2"), (3, 4, "--context-parallel 2 --recompute")])
 def test_several_processes_are_one(small_run, tmp_path, stage, processes, more):
     """torchrun with gloo processes and FSDP2 gives the losses and weights of one process; so does activation checkpointing."""
     command = ["--stage", str(stage), "--init", str(small_run / f"stage{max(0, stage - 1)}"), "--teacher", str(small_run / "stage0"),

@@ -15,12 +15,10 @@ samples.png, metrics.json and state/ to resume from. The next stage starts from 
 """
 import argparse
 import contextlib
-import functools
 import gc
 import inspect
 import json
 import math
-import os
 import re
 import resource
 import shutil
@@ -37,8 +35,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
-from torch.distributed.fsdp import fully_shard
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import losses as L
@@ -46,6 +42,7 @@ from data import (PatchCodec, Draws, WordEncoder, dataset, explain, held_out, re
                   write_sheet, written_whole)
 from discriminator import Discriminator
 from model import PRESETS, Config, UsageError, block_causal_mask, build, chunk_bounds, load_into, open_weights
+from parallel import Flops, averaged, matrix_rate, now, own_rows, processes, shard, whole, world
 from sample import animate, check_device, frame_times, guided, load_codec, read_settings, rollout, sample_ode, schedule
 
 
@@ -71,11 +68,14 @@ class TrainConfig(Config):
     size: int = 32                  # side of a frame, in pixels
     fps: float = 0.0                # resample videos to this rate; 0: every frame as it is
     codec_patch: int = 4            # side of a patch of the toy codec, in pixels
+    latent_size: tuple = (0, 0)     # height and width of a latent frame where only captions are given; 0 0: from --size
     # the loop
     iters: int = 0                  # training steps of a stage
     batch_size: int = 16            # clips per step, over all devices
     recompute: bool = False         # activation checkpointing: keep the input of a block, run it again in the backward pass
     micro_batch: int = 0            # clips per device and pass, the rest is accumulated; 0: all at once
+    context_parallel: int = 1       # processes that share the tokens of one clip (Ulysses), for clips too long for one device
+    compile: bool = False           # torch.compile, block by block
     lr: float = 2e-3                # AdamW's learning rate
     muon_lr: float = 0.0            # Muon's, for the matrices of the blocks; 0: AdamW for all
     betas: tuple = (0.9, 0.95)      # AdamW's
@@ -100,6 +100,7 @@ class TrainConfig(Config):
     student_steps: int = 1          # network passes per chunk
     cache_grad: bool = False        # gradients also through the passes that fill the cache; no: as in Self Forcing
     dmd: float = 0.0                # weight of the DMD term
+    dmd_flow: float = 0.0           # of its part that is taken on differences of consecutive frames (Diagonal Distillation), over the other
     gan: float = 0.0                # weight of the adversarial term
     gan_ratio: float = 0.0          # with both terms: norm of the adversarial gradient over DMD's (One-Forcing); 0: as it comes
     critic_lr: float = 1e-3         # fake score (DMD) and discriminator heads (GAN)
@@ -131,7 +132,7 @@ RECIPES = {  # preset -> stage -> what differs from the defaults
                 critic_lr=5e-4, critic_betas=(0.0, 0.99), critic_warmup=10),  # alone, the GAN term did not help: see README
     },
 }
-_WAN_RECIPE = {
+_WAN_RECIPE = {  # latents of 480 x 832 pixels
     0: dict(iters=0),
     1: dict(iters=2000, batch_size=64, lr=2e-6, trajectories=16_000, ode_steps=48, guidance=6.0),
     2: dict(iters=100, batch_size=64, dmd=1.0, lr=2e-6, betas=(0.0, 0.999), critic_lr=4e-7, critic_betas=(0.0, 0.999),
@@ -140,8 +141,8 @@ _WAN_RECIPE = {
             backbone_lr=1e-6, critic_updates=1, critic_warmup=0, disc_queries=1, gan_loss="logistic", gan_t_max=1.0, gan_shift=1.0,
             r_weight=20.0, r_sigma=0.05, r_every=1),
 }
-RECIPES["wan-1.3b"] = {s: dict(r, disc_layers=(14, 21, 29)) for s, r in _WAN_RECIPE.items()}
-RECIPES["wan-14b"] = {s: dict(r, disc_layers=(19, 29, 39)) for s, r in _WAN_RECIPE.items()}
+RECIPES["wan-1.3b"] = {s: dict(r, latent_size=(60, 104), disc_layers=(14, 21, 29)) for s, r in _WAN_RECIPE.items()}
+RECIPES["wan-14b"] = {s: dict(r, latent_size=(60, 104), disc_layers=(19, 29, 39)) for s, r in _WAN_RECIPE.items()}
 
 
 # ---------------------------------------------------------------- settings
@@ -159,6 +160,8 @@ def parse(argv):
         elif field.type is tuple:
             how = dict(type=type(field.default[0]), nargs="+")
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=None, help=text, **how)
+    parser.add_argument("--plan", action="store_true", default=None, help="train nothing, print memory and work of the stages (experiments/plan.py)")
+    parser.add_argument("--gpus", type=int, nargs="+", default=None, help="with --plan: devices that share the weights")
     given = vars(parser.parse_args(argv))
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
 
@@ -211,71 +214,14 @@ def check(cfg):
         raise UsageError(f"--ode-steps {cfg.ode_steps} is no multiple of --levels {cfg.levels}")
 
 
+def latent_sides(cfg):
+    """Height and width of a latent frame."""
+    return tuple(cfg.latent_size) if cfg.latent_size[0] else (cfg.size // cfg.codec_patch,) * 2
+
+
 def stage_folder(cfg):
     """Where a stage leaves its results."""
     return Path(cfg.out) / (f"stage{cfg.stage}-{cfg.tag}" if cfg.tag else f"stage{cfg.stage}")
-
-
-# ---------------------------------------------------------------- many devices
-
-def world():
-    """(rank, number of processes)"""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-@contextlib.contextmanager
-def processes():
-    """The process group that torchrun asks for, if it does; taken down in an order that does not abort."""
-    if "RANK" in os.environ:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if backend == "nccl":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend)
-    try:
-        yield
-    finally:
-        gc.collect()  # sharded modules must be gone before their process group
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def shard(module, recompute=False):
-    """Activation checkpointing where asked for, and under torchrun FSDP2, on every block and on the rest. The one place that
-    distributes a network. Precision is autocast's; parameters, gradients and their sums stay float32."""
-    blocks = getattr(module, "backbone", module).blocks
-    if recompute:  # of a block only its input is kept; a block is a pure function, so running it twice is safe
-        for block in blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    if dist.is_initialized():
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-        mesh = dist.device_mesh.init_device_mesh(kind, (dist.get_world_size(),))
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(module, mesh=mesh)
-    return module
-
-
-def own_rows(param):
-    """What this process holds of a parameter: (the tensor, which rows of the whole). FSDP2 cuts rows as torch.chunk does."""
-    if not hasattr(param, "to_local"):
-        return param, slice(None)
-    (rank, size), rows = world(), param.shape[0]
-    each = -(-rows // size)
-    return param.to_local(), slice(min(rank * each, rows), min((rank + 1) * each, rows))
-
-
-def averaged(log):
-    """The mean over processes of a dict of numbers."""
-    if dist.is_initialized():
-        values = torch.tensor(list(log.values()), dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
-        dist.all_reduce(values)
-        log = dict(zip(log, (values / dist.get_world_size()).tolist()))
-    return log
-
-
-def whole(x):
-    """The full tensor of a sharded one."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 # ---------------------------------------------------------------- one stage at work
@@ -298,14 +244,17 @@ class Run:
 
     def __init__(self, cfg):
         self.cfg, self.step, self.bad = cfg, 0, {}
-        self.rank, self.world = world()
-        if cfg.batch_size % self.world:
-            raise UsageError(f"--batch-size {cfg.batch_size} does not divide over {self.world} processes")
+        (rank, number), share = world(), cfg.context_parallel
+        if number % share or cfg.batch_size % (number // share):
+            raise UsageError(f"--batch-size {cfg.batch_size} does not divide over {number} processes"
+                             + (f" of which --context-parallel {share} share a clip" if share > 1 else ""))
+        self.rank, self.world = rank // share, number // share  # counting the processes that share a clip as one
+        self.writes = rank == 0
         self.device = torch.device(cfg.device)
         self.dir = stage_folder(cfg)
         self.data, self.words = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim)
         if self.data.latent:
-            self.data.check(cfg)
+            self.data = self.data.check(cfg, Path(cfg.out) / "stage1" / "trajectories")
         self.nets, self.opts, self.tokens = {}, {}, 0
         torch.manual_seed(cfg.seed)
 
@@ -313,29 +262,31 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16",
                               cache_enabled=False)  # a cast cached under no_grad would lose the gradient in a rollout
 
-    def add(self, name, weights, groups=(), make=build, where="weights"):
-        """Build a network without memory, shard it, then fill this process's part of it from `weights` (a state dict, or
-        open_weights()), and keep it; `groups` [(parameters' names start with, lr)] are trained, the rest frozen."""
+    def place(self, name, trained):
+        """A network in its place on the devices, its weights unset: built without memory, sharded, then given memory."""
+        cfg, half = self.cfg, self.cfg.dtype == "bfloat16"
         with torch.device("meta"):
-            module = make(self.cfg)
-        module = shard(module, self.cfg.recompute and bool(groups)).to_empty(device=self.device)
-        load_into(module, weights, where, own_rows)
-        module.requires_grad_(False)
-        optimizers, named = [], dict(module.named_parameters())
-        muon_lr = self.cfg.muon_lr if name == "student" else 0.0
-        betas = self.cfg.betas if name == "student" else self.cfg.critic_betas
+            module = new_network(cfg, name)
+        if half and not trained and name != "ema" and cfg.device == "cuda":  # a frozen network needs no float32 copy
+            module.to(torch.bfloat16)
+        return shard(module, cfg.recompute and trained, cfg.compile, half, cfg.context_parallel).to_empty(device=self.device)
+
+    def keep(self, name, module, groups=()):
+        """Take a network in; `groups` [(parameters' names start with, lr)] are trained, the rest is frozen."""
+        cfg, optimizers, named = self.cfg, [], dict(module.requires_grad_(False).named_parameters())
+        muon_lr = cfg.muon_lr if name == "student" else 0.0
+        options = dict(betas=cfg.betas if name == "student" else cfg.critic_betas, weight_decay=0.0, fused=cfg.device == "cuda" or None)
         for prefixes, lr in groups:
             params = {n: p.requires_grad_() for n, p in named.items() if n.startswith(prefixes)}
             matrices = [p for n, p in params.items() if muon_lr and "blocks." in n and p.ndim == 2]
             rest = [p for n, p in params.items() if not (muon_lr and "blocks." in n and p.ndim == 2)]
             if matrices:
                 optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0))
-            optimizers.append(torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0.0))
+            optimizers.append(torch.optim.AdamW(rest, lr=lr, **options))
         for o in optimizers:
             for g in o.param_groups:
                 g["peak"] = g["lr"]
         self.nets[name], self.opts[name] = module, optimizers
-        return module
 
     def batches(self, purpose):
         """This process's share of the step's global batch, one micro-batch at a time."""
@@ -349,8 +300,11 @@ class Run:
 
     def batch(self, clips, purpose):
         raw = self.data.batch(clips)
-        x0, text = ((raw["latents"], raw["embeddings"]) if self.data.latent else
-                    (self.codec.encode(raw["video"].to(self.device)), self.words.encode(raw["text"])))
+        if self.data.latent:  # captions alone: a clip without content, of which only the shape is used
+            x0, text = raw.get("latents"), raw["embeddings"]
+            x0 = torch.zeros(len(clips), self.cfg.frames, self.cfg.in_dim, *latent_sides(self.cfg)) if x0 is None else x0
+        else:
+            x0, text = self.codec.encode(raw["video"].to(self.device)), self.words.encode(raw["text"])
         self.tokens = x0[0, :, 0].numel() // self.cfg.patch ** 2  # of a clip
         return Batch(clips, x0.to(self.device), text.to(self.device), self.draws(clips, purpose))
 
@@ -364,7 +318,7 @@ class Run:
         return Draws(clips, self.cfg.seed, self.cfg.stage, self.step, purpose, device=self.device)
 
     def share(self, loss, batch):
-        """A micro-batch's part of the mean over the global batch (FSDP averages over processes)."""
+        """A micro-batch's part of the mean over the global batch (the mean over processes adds the parts up)."""
         return loss * (len(batch.x0) * self.world / self.cfg.batch_size)
 
     def update(self, name):
@@ -435,9 +389,12 @@ def dmd_gradient(run, x, batch, draws):
     with torch.no_grad(), run.autocast():
         x0_real = L.x0_from_flow(x_t, guided(teacher, batch.text, cfg.guidance)(x_t, t), t)
         x0_fake = L.x0_from_flow(x_t, fake(x_t, t, batch.text), t)
-    grad = L.dmd_gradient(x[:, k:], x0_real[:, k:], x0_fake[:, k:])
     clip = x[:, k:].clone().requires_grad_()
-    grad, = torch.autograd.grad(L.dmd_loss(clip, grad), clip)
+    loss = L.dmd_loss(clip, L.dmd_gradient(x[:, k:], x0_real[:, k:], x0_fake[:, k:]))
+    if cfg.dmd_flow:  # the first difference is the one to the image
+        whole_clip = torch.cat([x[:, :k], clip], 1)
+        loss = loss + cfg.dmd_flow * L.dmd_loss(L.change(whole_clip), L.dmd_gradient(*map(L.change, (x, x0_real, x0_fake))))
+    grad, = torch.autograd.grad(loss, clip)
     return grad, {"dmd": grad.norm().item(), "distance": (x - x0_real)[:, k:].abs().mean().item()}
 
 
@@ -528,7 +485,7 @@ def distil_step(run):
             log.update(fake_score_step(run, clips, update))
         if cfg.gan:
             log.update(disc_step(run, clips, update))
-    log["motion"] = motion(torch.cat([x for _, x in clips])) / motion(torch.cat([b.x0 for b, _ in clips]))
+    log["motion"] = motion(torch.cat([x for _, x in clips])) / max(1e-9, motion(torch.cat([b.x0 for b, _ in clips])))
     return log
 
 
@@ -549,32 +506,45 @@ def start_from(cfg):
     return Path(cfg.init or (official if cfg.stage == 1 else Path(cfg.out) / f"stage{cfg.stage - 1}")), official
 
 
+def networks(cfg):
+    """What a stage holds: {name: (whose weights it starts from, [(parameters' names start with, lr)] that are trained)}."""
+    nets = {"ema": ("student", []), "student": ("student", [("", cfg.lr)])}
+    if cfg.stage == 1 or cfg.stage > 1 and cfg.dmd:
+        nets["teacher"] = ("teacher", [])
+    if cfg.stage > 1 and cfg.dmd:
+        nets["fake"] = ("fake", [("", cfg.critic_lr)])
+    if cfg.stage > 1 and cfg.gan:
+        heads, backbone = (("heads.", "norm.", "out."), cfg.critic_lr), ("backbone.", cfg.backbone_lr)
+        nets["disc"] = ("student" if cfg.disc_causal else "teacher", [heads] + [backbone] * bool(cfg.backbone_lr))
+    return nets
+
+
+def new_network(cfg, name):
+    """One of them, uninitialised."""
+    if name != "disc":
+        return build(cfg)
+    return Discriminator(build(cfg), cfg.disc_layers, cfg.disc_causal, cfg.disc_framewise, cfg.disc_queries)
+
+
 def prepare(run):
     """Give a stage its codec and its networks: the student from the stage before, the rest from the teacher."""
     cfg = run.cfg
     before, official = start_from(cfg)
+    followed = before / "fake.safetensors"
     if cfg.stage == 0:
         run.codec = None if run.data.latent else PatchCodec.fit(run.data.batch(range(512))["video"], cfg.codec_patch, cfg.in_dim)
-        student = build(cfg).init_weights().state_dict()
+        weights = {"student": build(cfg).init_weights().state_dict()}
     else:
-        student, run.codec = source(cfg, before)
-        teacher, _ = source(cfg, official)
-    run.add("ema", student, where=before)
-    run.add("student", student, [("", cfg.lr)], where=before)
-    if cfg.stage == 1 or cfg.stage > 1 and cfg.dmd:
-        run.add("teacher", teacher, where=official)
-    if cfg.stage > 1 and cfg.dmd:
-        followed = before / "fake.safetensors"
-        if followed.is_file():  # it has followed this very student: go on from there
-            run.add("fake", open_weights(followed), [("", cfg.critic_lr)], where=followed)
-        else:
-            run.add("fake", teacher, [("", cfg.critic_lr)], where=official)
-    if cfg.stage > 1 and cfg.gan:
-        make = lambda cfg: Discriminator(build(cfg), cfg.disc_layers, cfg.disc_causal, cfg.disc_framewise, cfg.disc_queries)
-        heads = Discriminator(None, cfg.disc_layers, queries=cfg.disc_queries, cfg=cfg).state_dict()
-        backbone = {f"backbone.{k}": v for k, v in (student if cfg.disc_causal else teacher).items()}
-        groups = [(("heads.", "norm.", "out."), cfg.critic_lr)] + [("backbone.", cfg.backbone_lr)] * bool(cfg.backbone_lr)
-        run.add("disc", {**backbone, **heads}, groups, make, where=official)
+        weights = {"teacher": source(cfg, official)[0]}
+        weights["student"], run.codec = source(cfg, before)
+        # a fake score that has followed this very student goes on, else it starts as the teacher
+        weights["fake"] = open_weights(followed) if followed.is_file() else weights["teacher"]
+    for name, (origin, groups) in networks(cfg).items():
+        start = weights[origin]
+        if name == "disc":
+            heads = Discriminator(None, cfg.disc_layers, queries=cfg.disc_queries, cfg=cfg).state_dict()
+            start = {**{f"backbone.{k}": v for k, v in start.items()}, **heads}
+        run.keep(name, load_into(run.place(name, bool(groups)), start, before if origin == "student" else official, own_rows), groups)
     if cfg.stage == 1:
         make_trajectories(run)
 
@@ -593,20 +563,21 @@ def source(cfg, path):
     return open_weights(Path(path) / "ema.safetensors"), load_codec(path)
 
 
-def make_trajectories(run, at_once=32):
+def make_trajectories(run):
     """The teacher's ODE trajectories, a file each with the states at the student's levels. A single process keeps those that are there."""
-    cfg, folder = run.cfg, run.dir / "trajectories"
+    cfg, folder, at_once = run.cfg, run.dir / "trajectories", run.cfg.micro_batch or 32
     keep = range(0, cfg.ode_steps, cfg.ode_steps // cfg.levels)
     mine = [n % cfg.trajectories for n in range(run.rank, -(-cfg.trajectories // run.world) * run.world, run.world)]  # as many for all
-    for i in tqdm(range(0, len(mine), at_once), desc="trajectories", disable=run.rank > 0):
+    for i in tqdm(range(0, len(mine), at_once), desc="trajectories", disable=not run.writes):
         numbers = mine[i:i + at_once]
         paths = [folder / f"{n:06d}.safetensors" for n in numbers]
-        if run.world == 1 and all(p.is_file() for p in paths):
+        if not dist.is_initialized() and all(p.is_file() for p in paths):
             continue
         batch = run.batch([cfg.seed * 10_000_000 + 5_000_000 + n for n in numbers], "trajectories")
+        given = batch.given(cfg)[:, :0] if run.data.latent and run.data.only_text else batch.given(cfg)  # the teacher makes the image too
         with run.autocast():
             end, states = sample_ode(guided(run.nets["teacher"], batch.text, cfg.guidance), batch.draws.randn(*batch.x0.shape[1:]),
-                                     batch.given(cfg), schedule(cfg.ode_steps, cfg.shift), keep)
+                                     given, schedule(cfg.ode_steps, cfg.shift), keep)
         for path, path_states, text in zip(paths, torch.stack([*states, end], 1), batch.text):
             save_tensors(path, {"states": path_states, "text": text})
     if dist.is_initialized():
@@ -639,7 +610,7 @@ def save_state(run):
         shutil.rmtree(new, ignore_errors=True)
         raise UsageError(f"cannot write {done} ({str(error).strip().splitlines()[-1][:150]}): free some space and give the same command "
                          f"again; it goes on from {next(iter(saved_states(run.dir)), 'the beginning')}") from None
-    if run.rank == 0:
+    if run.writes:
         shutil.rmtree(done, ignore_errors=True)
         new.rename(done)
         for old in saved_states(run.dir)[2:]:
@@ -665,7 +636,7 @@ def load_state(run):
             set_state_dict(run.nets[name], run.opts[name], model_state_dict=state[name]["model"],
                            optim_state_dict=state[name]["optim"])
     run.step = state["step"]
-    if run.rank == 0:
+    if run.writes:
         print(f"stage {run.cfg.stage} goes on at step {run.step}")
 
 
@@ -675,9 +646,9 @@ def export(run):
     for name in [name for name in ("student", "ema", "fake") if name in run.nets]:
         file = "weights.safetensors" if name == "student" else f"{name}.safetensors"
         tensors = get_model_state_dict(run.nets[name], options=options)
-        if run.rank == 0:
+        if run.writes:
             save_tensors(run.dir / file, tensors)
-    if run.rank == 0 and run.codec:
+    if run.writes and run.codec:
         run.codec.save(run.dir / "codec.safetensors")
 
 
@@ -689,7 +660,7 @@ def show(run):
     batch = run.batch(list(held_out(cfg.samples)), "samples")
     with run.autocast():
         x = animate(run.nets["ema"], asdict(cfg), batch.given(cfg), batch.text, lambda f: batch.draws.randn(f, *batch.x0.shape[2:]), cfg.frames)
-    if run.rank == 0:
+    if run.writes:
         video = torch.cat([run.codec.decode(batch.x0), run.codec.decode(x)])
         write_sheet(run.dir / "samples.png", video)
         write_gif_grid(run.dir / "samples.gif", video, columns=cfg.samples)
@@ -760,20 +731,23 @@ def loop(run):
     lines = (run.dir / "log.jsonl").read_text().splitlines()[:run.step] if run.step else []
     for line in lines:
         stop(json.loads(line))
-    bar = tqdm(total=cfg.iters, initial=run.step, desc=run.dir.name, disable=run.rank > 0, mininterval=1.0)
+    bar = tqdm(total=cfg.iters, initial=run.step, desc=run.dir.name, disable=not run.writes, mininterval=1.0)
     share = cfg.batch_size // run.world
-    passes, first, began = -(-share // (cfg.micro_batch or share)), run.step, time.perf_counter()
-    if run.rank == 0:
-        print(f"stage {cfg.stage}: a step is {cfg.batch_size} clips = {run.world} processes x {share} clips, in {passes} passes")
+    passes, first, began = -(-share // (cfg.micro_batch or share)), run.step, now(run.device)
+    if run.writes:
+        print(f"stage {cfg.stage}: a step is {cfg.batch_size} clips = {run.world} "
+              + ("processes" if cfg.context_parallel == 1 else f"groups of {cfg.context_parallel} processes") + f" x {share} clips, in {passes} passes")
         with written_whole(run.dir / "log.jsonl") as temporary:
             temporary.write_text("".join(line + "\n" for line in lines))
-    with open(run.dir / "log.jsonl", "a") if run.rank == 0 else contextlib.nullcontext() as file, terminations() as came:
+    work, counted = Flops(), max(first, cfg.critic_warmup)  # the first step in which all networks learn
+    with open(run.dir / "log.jsonl", "a") if run.writes else contextlib.nullcontext() as file, terminations() as came:
         while run.step < cfg.iters:
-            log = averaged({**STEPS[cfg.stage](run), "terminated": float(bool(came))})  # all processes act alike
+            with work if run.step == counted else contextlib.nullcontext():
+                log = averaged({**STEPS[cfg.stage](run), "terminated": float(bool(came))})  # all processes act alike
             terminated = log.pop("terminated")
             run.step += 1
             bar.update()
-            if run.rank == 0:
+            if run.writes:
                 bar.set_postfix({k: f"{v:.3g}" for k, v in log.items()}, refresh=False)
                 file.write(json.dumps({"step": run.step, **log}) + "\n")
                 file.flush()
@@ -786,9 +760,13 @@ def loop(run):
                 bar.write(f"stage {cfg.stage} stops early at step {run.step}: {reason}")
                 break
     bar.close()
-    rate = (run.step - first) / (time.perf_counter() - began)
+    rate = (run.step - first) / (now(run.device) - began)
     kib = torch.cuda.max_memory_allocated() / 1024 if cfg.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{rate:.2f} steps/s, {rate * cfg.batch_size * run.tokens:,.0f} tokens/s, peak memory {kib / 2 ** 20:.1f} GiB per process"
+    words = f"{rate:.2f} steps/s, {rate * cfg.batch_size * run.tokens:,.0f} tokens/s, peak memory {kib / 2 ** 20:.1f} GiB per process"
+    if work.flops:
+        done = rate * work.flops
+        words += f", {done / 1e12:.3g} TFLOP/s = {done / matrix_rate(run.device):.0%} of what matrix products reach here"
+    return words
 
 
 def train(cfg, fresh=False):
@@ -846,6 +824,9 @@ def table(out):
 def main(argv=None):
     """The command line: one stage, or all four in order and the table."""
     given = parse(argv)
+    if {"plan", "gpus"} & given.keys():
+        script = Path(__file__).resolve().parent / "experiments" / "plan.py"
+        raise SystemExit(subprocess.run([sys.executable, script, *(sys.argv[1:] if argv is None else argv)]).returncode)
     with explain(), processes():
         if given.get("stage", -1) != -1:
             train(settle(given, given["stage"]))

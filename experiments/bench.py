@@ -1,0 +1,202 @@
+"""How fast, and with how much memory: streaming, a training step against its plan, loading a checkpoint. The same on CPU and GPU.
+
+    python experiments/bench.py stream --preset wan-1.3b wan-14b            480 x 832, chunk by chunk, 1 and 4 passes a chunk
+    python experiments/bench.py step --preset wan-1.3b --recompute --micro-batch 1 --batch-size 1
+    python experiments/bench.py load --preset wan-1.3b --processes 1 2      host memory while a fabricated checkpoint is read
+
+Weights are random: speed and memory do not depend on them. The video VAE is not part of any of it.
+"""
+import argparse
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+HERE = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(HERE), str(HERE / "experiments")]
+
+import train
+from data import explain, save_tensors
+from model import PRESETS, Config, UsageError, build, load_into, open_weights
+from parallel import Flops, matrix_rate, now, own_rows, processes, shard, world
+from plan import Rehearsal, plan
+from sample import check_device, rollout
+
+PAPER = {("wan-1.3b", 1): 43.37, ("wan-1.3b", 4): 17.70, ("wan-14b", 1): 14.33, ("wan-14b", 4): 5.71}  # frames/s, one H100, VAE included
+
+
+def header(device):
+    """Device and versions, a line."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{name}; torch {torch.__version__}; Python {platform.python_version()}; bfloat16 products {matrix_rate(device) / 1e12:.3g} TFLOP/s"
+
+
+# ---------------------------------------------------------------- streaming
+
+@torch.no_grad()
+def stream(cfg, device, dtype, size, steps, reuse, chunks=6):
+    """(seconds to the first chunk, frames a second after it, FLOP/s of the last chunk) of the network alone.
+
+    Frames are those of the video: a latent frame of Wan's is four. The rate is that of the last chunks, when the window is
+    full. With `reuse`, a finished chunk enters the cache as the last pass left it, which saves its context pass."""
+    net = unset(cfg).to(dtype).to_empty(device=device)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    generator = torch.Generator(device).manual_seed(0)
+    randn = lambda f: torch.randn(1, f, cfg.in_dim, *size, generator=generator, device=device, dtype=dtype)
+    text, work, times = torch.randn(1, cfg.text_len, cfg.text_dim, generator=generator, device=device, dtype=dtype), Flops(), []
+    for _ in range(2):  # the first stream warms the kernels up
+        began, times = now(device), []
+        parts = rollout(net, randn(cfg.first), text, randn, None, steps, context_level=None if reuse else 0.0)
+        for _, _ in zip(range(chunks + 1), parts):  # the image, then the chunks
+            times.append(now(device) - began)
+    began = now(device)
+    with work:
+        next(parts)
+    per_chunk = (times[-1] - times[-3]) / 2 if len(times) > 3 else times[-1] - times[-2]
+    frames = cfg.chunk * (4 if cfg.in_dim == 16 else 1)
+    return times[1] - times[0], frames / per_chunk, work.flops / per_chunk
+
+
+def unset(cfg):
+    """A network without memory."""
+    with torch.device("meta"):
+        return build(cfg)
+
+
+def bench_stream(args, device):
+    """The table of streaming speeds."""
+    dtype, peak = (torch.bfloat16 if device.type == "cuda" else torch.float32), matrix_rate(device)
+    print("| preset | latent | passes | context pass | s to first chunk | frames/s | of matrix rate | paper, one H100 with VAE |\n|" + "---|" * 8)
+    for preset in args.preset:
+        cfg = Config(**PRESETS[preset])
+        size = tuple(args.latent_size) if args.latent_size else (60, 104) if preset != "toy" else (8, 8)
+        for steps in args.steps:
+            for reuse in (False, True):
+                first, rate, flops = stream(cfg, device, dtype, size, steps, reuse, args.chunks)
+                print(f"| {preset} | {size[0]} x {size[1]} | {steps} | {'reused' if reuse else 'yes'} | {first:.3f} | {rate:.2f} | "
+                      f"{flops / peak:.0%} | {PAPER.get((preset, steps), '')} |", flush=True)
+
+
+# ---------------------------------------------------------------- a training step
+
+def measured_step(cfg):
+    """(seconds, peak bytes) of a training step with random weights; on a CPU the peak is that of PyTorch's allocations
+    on top of weights and optimizer states, on a GPU the whole."""
+    run = Rehearsal(replace(cfg, critic_warmup=0, warmup=0))
+    run.step = 0
+    train.STEPS[cfg.stage](run)  # optimizer states are made in the first
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        began = now(run.device)
+        train.STEPS[cfg.stage](run)
+        return now(run.device) - began, torch.cuda.max_memory_allocated()
+    began = now(run.device)
+    train.STEPS[cfg.stage](run)
+    seconds = now(run.device) - began
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        train.STEPS[cfg.stage](run)
+    alive = peak = 0
+    for event in sorted((e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return seconds, peak
+
+
+def bench_step(args, device, rest):
+    """A table of training steps: seconds, and the peak against what plan.py said."""
+    given = {**train.parse(rest), "device": device.type}
+    print("| preset | stage | clips | s a step | peak GB | planned GB | planned / peak |\n|" + "---|" * 7)
+    for preset in args.preset:
+        for stage in args.stages:
+            cfg = train.settle({**given, "preset": preset}, stage)
+            seconds, peak = measured_step(cfg)
+            costs = plan(cfg, 1)
+            planned = costs["total"] if device.type == "cuda" else costs["activations"]
+            print(f"| {preset} | {stage} | {cfg.batch_size} | {seconds:.2f} | {peak / 1e9:.3f} | {planned / 1e9:.3f} | {planned / peak:.3f} |", flush=True)
+
+
+# ---------------------------------------------------------------- loading
+
+def anonymous():
+    """Bytes of this process that are its own. Pages of a mapped file are not: the system takes them back when it likes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise UsageError("bench.py load reads /proc/self/status, which only Linux has")
+
+
+def load_here(preset, path):
+    """Load `path` into a sharded network; prints this process's share and the most it held at once beyond the start, in bytes."""
+    cfg, most, done = Config(**PRESETS[preset]), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.005):
+            most[0] = max(most[0], anonymous())
+
+    with processes():
+        net = shard(unset(cfg))
+        before = anonymous()
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        load_into(net.to_empty(device="cpu"), open_weights(path), path, own_rows)
+        done.set()
+        watcher.join()
+        share = sum(own_rows(p)[0].numel() * 4 for p in net.parameters())
+        print(f"rank {world()[0]}: {share} {max(most[0], anonymous()) - before}", flush=True)
+        del net
+
+
+def bench_load(args):
+    """Host memory while the weights of a fabricated checkpoint are read, sharded over some processes."""
+    print("| preset | processes | share GB | peak GB | peak / share | largest tensor GB |\n|" + "---|" * 6)
+    for preset in args.preset:
+        with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
+            shapes = {name: p.shape for name, p in unset(Config(**PRESETS[preset])).named_parameters()}
+            save_tensors(Path(folder) / "model.safetensors", {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()})
+            for number in args.processes:
+                launcher = ["torchrun", "--nproc_per_node", str(number), "--master_port", "29521"] if number > 1 else [sys.executable]
+                out = subprocess.run([*launcher, __file__, "load-here", "--preset", preset, "--path", folder], capture_output=True, text=True)
+                if out.returncode:
+                    raise UsageError(f"loading failed: {out.stderr.strip().splitlines()[-1]}")
+                rows = [[int(n) for n in line.split(": ")[1].split()] for line in out.stdout.splitlines() if line.startswith("rank")]
+                share, peak = max(rows, key=lambda row: row[1] / row[0])
+                print(f"| {preset} | {number} | {share / 1e9:.3f} | {peak / 1e9:.3f} | {peak / share:.2f} | "
+                      f"{max(s.numel() for s in shapes.values()) * 4 / 1e9:.3f} |", flush=True)
+
+
+def main(argv=None):
+    """One bench, its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["stream", "step", "load", "load-here"])
+    parser.add_argument("--preset", nargs="+", default=["toy"], help="shapes to measure")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 4], help="stream: passes per chunk")
+    parser.add_argument("--chunks", type=int, default=6, help="stream: chunks per measurement")
+    parser.add_argument("--latent-size", type=int, nargs=2, help="stream: height and width of a latent frame; default: 60 104")
+    parser.add_argument("--stages", type=int, nargs="+", default=[2, 3], help="step: stages to measure; further flags are train.py's")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="load: numbers of processes")
+    parser.add_argument("--scratch", help="load: folder for the fabricated checkpoint; default: the system's")
+    parser.add_argument("--path", help=argparse.SUPPRESS)
+    args, rest = parser.parse_known_args(argv)
+    if unknown := [p for p in args.preset if p not in PRESETS]:
+        raise UsageError(f"--preset {unknown[0]} is unknown: choose from {', '.join(PRESETS)}")
+    if rest and args.what != "step":
+        raise UsageError(f"{' '.join(rest)}: unknown; bench.py --help lists every flag")
+    if args.what == "load-here":
+        return load_here(args.preset[0], args.path)
+    check_device(args.device)
+    device = torch.device(args.device)
+    print(header(device) + "\n")
+    {"stream": lambda: bench_stream(args, device), "step": lambda: bench_step(args, device, rest), "load": lambda: bench_load(args)}[args.what]()
+
+
+if __name__ == "__main__":
+    with explain():
+        main()

@@ -1,0 +1,233 @@
+"""What a stage costs before it runs: memory per device and work per step, for every stage of a preset.
+
+    python train.py --preset wan-14b --stage 3 --plan --gpus 64        the same, from the training command
+    python experiments/plan.py --preset wan-1.3b --gpus 8 --micro-batch 1 --recompute
+    python experiments/plan.py --table                                  the table of the README
+
+Weights, gradients, optimizer states, running average and frozen networks are counted from shapes, tensor by tensor, and cut
+as FSDP2 cuts them. Activations are not guessed by a formula: the very training step of train.py runs once on tensors
+that have a shape and no memory, and the most bytes that were alive at once are its peak; its FLOPs are counted on the way.
+"""
+import argparse
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train
+from data import explain
+from model import PRESETS, UsageError
+from parallel import Flops, blocks_of, shard
+
+
+
+# ---------------------------------------------------------------- a step on tensors without memory
+
+class Alive(Flops):
+    """Bytes of all tensors that operations have made and that are still alive: `now`, and the most there were: `peak`. And the
+    `flops` of all matrix products. Numbers that a program reads off a tensor without memory are 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.storages = weakref.WeakKeyDictionary()  # storage -> its bytes, 0 once it is left out
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1 if not args[0].dtype.is_floating_point else 1.0
+        out = super().__torch_dispatch__(function, types, args, kwargs)
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.watch(x.untyped_storage())
+        return out
+
+    def watch(self, storage):
+        if storage in self.storages:
+            return
+        count = [storage.nbytes()]
+        self.storages[storage] = count
+        self.now += count[0]
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.forget, count)
+
+    def forget(self, count):
+        self.now -= count[0]
+        count[0] = 0
+
+    def leave_out(self, tensors):
+        """These are counted elsewhere."""
+        for x in tensors:
+            if count := self.storages.get(x.untyped_storage()):
+                self.forget(count)
+
+
+class Rehearsal(train.Run):
+    """A stage at work on clips of noise, with weights of any kind: what a step costs does not depend on them."""
+
+    def __init__(self, cfg):
+        self.cfg, self.step, self.bad, self.nets, self.opts, self.tokens = cfg, 0, {}, {}, {}, 0
+        self.rank, self.world, self.writes, self.device = 0, 1, False, torch.device(cfg.device)
+        for name, (_, groups) in train.networks(cfg).items():
+            self.keep(name, self.place(name, bool(groups)), groups)
+
+    def place(self, name, trained):
+        module = super().place(name, trained)
+        for p in module.parameters():
+            torch.nn.init.normal_(p, std=0.02)
+        return module
+
+    def batch(self, clips, purpose):
+        cfg, draws = self.cfg, self.draws(clips, purpose)
+        x0 = draws.randn(cfg.frames, cfg.in_dim, *train.latent_sides(cfg))
+        self.tokens = x0[0, :, 0].numel() // cfg.patch ** 2
+        return train.Batch(clips, x0, draws.randn(cfg.text_len, cfg.text_dim), draws)
+
+    def trajectory(self, batch):
+        return batch.x0[:, None].expand(-1, self.cfg.levels + 1, -1, -1, -1, -1), batch.text
+
+
+class Imagined(Rehearsal):
+    """The same with networks that have shapes and no memory."""
+
+    def __init__(self, cfg, gpus):
+        self.weights_in = torch.bfloat16 if cfg.dtype == "bfloat16" and gpus > 1 else torch.float32  # as FSDP's policy gathers them
+        self.shapes, self.alive = FakeTensorMode(allow_non_fake_inputs=True), Alive()
+        super().__init__(replace(cfg, device="cpu"))
+
+    def place(self, name, trained):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.weights_in)
+        try:
+            with self.shapes:
+                module = train.new_network(self.cfg, name)
+        finally:
+            torch.set_default_dtype(before)
+        return shard(module, self.cfg.recompute and trained)
+
+    def keep(self, name, module, groups=()):
+        super().keep(name, module, groups)
+        for p in module.parameters():  # these, their gradients and what optimizers keep of them are counted from shapes, below
+            self.alive.storages[p.untyped_storage()] = [0]
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(lambda p: self.alive.leave_out([p.grad]))
+        for o in self.opts[name]:
+            o.register_step_post_hook(lambda o, *_: self.alive.leave_out(
+                [x for state in o.state.values() for x in state.values() if isinstance(x, torch.Tensor)]))
+
+
+def rehearse(cfg, gpus):
+    """(bytes of activations at the peak, FLOPs, tokens of a clip) of one pass of a training step with all terms."""
+    run = Imagined(replace(cfg, critic_warmup=0, batch_size=cfg.micro_batch or cfg.batch_size), gpus)
+    with run.alive:
+        train.STEPS[cfg.stage](run)
+    return run.alive.peak, run.alive.flops, run.tokens
+
+
+# ---------------------------------------------------------------- what is counted from shapes
+
+def rows_of_one(shape, gpus):
+    """Elements of a parameter that the first process holds: FSDP2 cuts rows as torch.chunk does."""
+    count = 1
+    for n in shape[1:]:
+        count *= n
+    return -(-shape[0] // gpus) * count if shape else 1
+
+
+def static_bytes(cfg, gpus):
+    """{what: bytes} on one of `gpus` devices: all weights are cut into `gpus` parts, and what is made of them with them."""
+    bytes_of = dict.fromkeys(("weights", "gradients", "optimizer", "average", "frozen", "gathered"), 0)
+    half = cfg.dtype == "bfloat16"
+    for name, (_, groups) in train.networks(cfg).items():
+        with torch.device("meta"):
+            module = train.new_network(cfg, name)
+        prefixes = tuple(p for prefix, _ in groups for p in ((prefix,) if isinstance(prefix, str) else prefix))
+        for key, p in module.named_parameters():
+            n = rows_of_one(p.shape, gpus)
+            if name == "ema":
+                bytes_of["average"] += 4 * n
+            elif not groups:
+                bytes_of["frozen"] += (2 if half and cfg.device == "cuda" else 4) * n
+            elif key.startswith(prefixes):
+                muon = name == "student" and cfg.muon_lr and "blocks." in key and p.ndim == 2
+                bytes_of["weights"] += 4 * n
+                bytes_of["gradients"] += 4 * n
+                bytes_of["optimizer"] += (4 if muon else 8) * n
+            else:
+                bytes_of["frozen"] += 4 * n
+        if gpus > 1:  # whole while they run: a block, the next one on its way, and all that is in no block; one block's gradients
+            block = sum(p.numel() for p in blocks_of(module)[0].parameters())
+            rest = sum(p.numel() for p in module.parameters()) - block * len(blocks_of(module))
+            now = (2 if half else 4) * (2 * block + rest) + (2 * 4 * block if groups else 0)
+            bytes_of["gathered"] = max(bytes_of["gathered"], now)
+    return bytes_of
+
+
+def cache_bytes(cfg, tokens):
+    """Keys and values of a full stream, for one micro-batch: (sink + window + chunk) frames in every block."""
+    frames = min(cfg.frames, cfg.sink + cfg.window + cfg.chunk)
+    each = 2 if cfg.dtype == "bfloat16" else 4
+    return 2 * cfg.num_layers * frames * tokens // cfg.frames * cfg.dim * each * (cfg.micro_batch or cfg.batch_size) // cfg.context_parallel
+
+
+def plan(cfg, gpus):
+    """{what: bytes per device}, with `flops` of a step over all devices and `passes` of a device."""
+    groups = gpus // cfg.context_parallel
+    share = max(1, cfg.batch_size // groups)
+    cfg = replace(cfg, micro_batch=min(cfg.micro_batch or share, share))
+    peak, flops, tokens = rehearse(cfg, gpus)
+    costs = {**static_bytes(cfg, gpus), "activations": peak // cfg.context_parallel}
+    return {**costs, "total": sum(costs.values()), "cache": cache_bytes(cfg, tokens) if cfg.stage > 1 else 0,
+            "flops": flops * cfg.batch_size // cfg.micro_batch, "passes": -(-share // cfg.micro_batch), "micro": cfg.micro_batch}
+
+
+# ---------------------------------------------------------------- the command
+
+COLUMNS = ("weights", "gradients", "optimizer", "average", "frozen", "gathered", "activations", "total", "cache")
+
+
+def row(cfg, gpus):
+    """One line of the table."""
+    costs = plan(cfg, gpus)
+    sizes = [f"{costs[name] / 1e9:.1f}" if cfg.preset != "toy" else f"{costs[name] / 1e9:.3f}" for name in COLUMNS]
+    return f"| {cfg.preset} | {cfg.stage} | {gpus} | {costs['micro']} x {costs['passes']} | {' | '.join(sizes)} | {costs['flops'] / 1e15:.3g} |"
+
+
+def table(rows):
+    """Markdown, header included."""
+    names = ["preset", "stage", "GPUs", "clips x passes", *COLUMNS[:-1], "of which KV", "PFLOP a step"]
+    return "\n".join(["| " + " | ".join(names) + " |", "|" + "---|" * len(names), *rows])
+
+
+def main(argv=None):
+    """Settings are train.py's, and its flags are taken; what is planned for is a GPU, whatever this machine has."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1], help="devices that share the weights")
+    parser.add_argument("--table", action="store_true", help="the README's: 1.3B on 1 and 8 devices, 14B on 8 and 64")
+    parser.add_argument("--plan", action="store_true", help=argparse.SUPPRESS)
+    args, rest = parser.parse_known_args(argv)
+    given = train.parse(rest)
+    if min(args.gpus) < 1 or any(n % given.get("context_parallel", 1) for n in args.gpus):
+        raise UsageError(f"--gpus {' '.join(map(str, args.gpus))}: at least 1, and a multiple of --context-parallel")
+    chosen = [("wan-1.3b", 1), ("wan-1.3b", 8), ("wan-14b", 8), ("wan-14b", 64)] if args.table else [
+        (given.get("preset", "toy"), n) for n in args.gpus]
+    if any(preset not in PRESETS for preset, _ in chosen):
+        raise UsageError(f"--preset {given['preset']} is unknown: choose from {', '.join(PRESETS)}")
+    print(table([]))
+    for preset, gpus in chosen:
+        every = (0, 1, 2, 3) if preset == "toy" else (1, 2, 3)
+        for stage in every if given.get("stage", -1) < 0 else [given["stage"]]:
+            cfg = train.settle({"device": "cpu", "dtype": "bfloat16", **given, "preset": preset}, stage)
+            print(row(replace(cfg, device=given.get("device", "cuda")), gpus), flush=True)
+    print("\nGB (1e9 bytes) per device; `gathered` is FSDP's: weights that are whole while their block runs")
+
+
+if __name__ == "__main__":
+    with explain():
+        main()

@@ -1,0 +1,230 @@
+"""Many devices: everything that spreads a network over processes is put on from outside, here. model.py knows nothing of it.
+
+    torchrun --nproc_per_node 8 train.py ...                       FSDP2: every process holds an eighth of all weights
+    torchrun --nproc_per_node 8 train.py ... --context-parallel 2  and two processes share the tokens of one clip
+
+    shard()          activation checkpointing, compilation, FSDP2: one function for every network, also for one process
+    spread_tokens()  Ulysses: a clip that is too long for one device is cut between several, by hooks
+"""
+import contextlib
+import functools
+import gc
+import os
+import time
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+
+from model import UsageError
+
+
+def world():
+    """(rank, number of processes)"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def kind():
+    """The devices that processes talk between."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def processes():
+    """The process group that torchrun asks for, if it does; taken down in an order that does not abort."""
+    if "RANK" in os.environ:
+        if kind() == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if kind() == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        gc.collect()  # sharded modules must be gone before their process group
+        context_group.cache_clear()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def averaged(log):
+    """The mean over processes of a dict of numbers."""
+    if dist.is_initialized():
+        values = torch.tensor(list(log.values()), dtype=torch.float64, device=kind())
+        dist.all_reduce(values)
+        log = dict(zip(log, (values / dist.get_world_size()).tolist()))
+    return log
+
+
+def whole(x):
+    """The full tensor of a sharded one."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+# ---------------------------------------------------------------- how much work, and how fast this device could do it
+
+class Flops(TorchDispatchMode):
+    """Counts the floating-point operations of all matrix products and attention while it is entered. What activation
+    checkpointing runs again counts again; flash-attn's own kernel is unknown to PyTorch's table and counts nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function._overloadpacket in flop_registry:
+            self.flops += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def matrix_rate(device, dtype=torch.bfloat16, tries=5):
+    """The largest matrix rate that this device shows, in FLOP/s: what utilisation is measured against."""
+    n, rates = 8192 if device.type == "cuda" else 1024, []
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    for _ in range(tries):
+        began = now(device)
+        a @ b
+        rates.append(2 * n ** 3 / (now(device) - began))
+    return max(rates)
+
+
+def now(device):
+    """Seconds, once the device has done all it was told to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# ---------------------------------------------------------------- weights: every process holds some rows of each
+
+def blocks_of(module):
+    """The transformer blocks of a DiT, or of the one inside a discriminator."""
+    return getattr(module, "backbone", module).blocks
+
+
+def shard(module, recompute=False, compiled=False, half=False, context=1):
+    """Everything that distributes a network, in the order in which it must be put on; the network itself, changed in place.
+
+    recompute  activation checkpointing: of a block only its input is kept, the backward pass runs it again
+    compiled   torch.compile, block by block: all blocks share one compilation
+    half       weights are gathered in bfloat16; the shards, the gradients' sums and the optimizer stay float32
+    context    so many processes share the tokens of a clip (see spread_tokens)
+    Under torchrun FSDP2 follows, on every block and on the rest: a block's weights are whole only while it runs."""
+    if context > 1:
+        spread_tokens(module, context_group(context))
+    for block in blocks_of(module):
+        if recompute:  # a block is a pure function, so running it twice is safe
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if compiled:
+            block.compile()
+    if dist.is_initialized():
+        policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32, cast_forward_inputs=False)
+        mesh = init_device_mesh(kind(), (dist.get_world_size(),))
+        for block in blocks_of(module):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    return module
+
+
+def own_rows(param):
+    """What this process holds of a parameter: (the tensor, which rows of the whole). FSDP2 cuts rows as torch.chunk does."""
+    if not hasattr(param, "to_local"):
+        return param, slice(None)
+    (rank, size), rows = world(), param.shape[0]
+    each = -(-rows // size)
+    return param.to_local(), slice(min(rank * each, rows), min((rank + 1) * each, rows))
+
+
+# ---------------------------------------------------------------- tokens: several processes share a clip (Ulysses)
+
+@functools.lru_cache
+def context_group(size):
+    """The processes that share a clip with this one: `size` neighbours. UsageError where they do not come out even."""
+    if world()[1] % size:
+        raise UsageError(f"--context-parallel {size} does not divide {world()[1]} processes: start torchrun with a multiple of {size}")
+    return init_device_mesh(kind(), (world()[1] // size, size), mesh_dim_names=("data", "context")).get_group("context")
+
+
+class Exchange(torch.autograd.Function):
+    """All-to-all over a group: x is cut into p parts along one dimension, and joined along another. Backward: the reverse."""
+
+    @staticmethod
+    def forward(ctx, x, group, cut, join):
+        ctx.reverse = group, join, cut
+        parts = torch.stack(x.chunk(dist.get_world_size(group), cut))
+        out = torch.empty_like(parts)
+        dist.all_to_all_single(out, parts, group=group)
+        return torch.cat(out.unbind(), join)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Exchange.apply(gradient, *ctx.reverse), None, None, None
+
+
+class Gather(torch.autograd.Function):
+    """The parts of a group, joined along a dimension, on every process. Backward: the sum of what all of them want of one's own."""
+
+    @staticmethod
+    def forward(ctx, x, group, join):
+        ctx.group, ctx.join = group, join
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts, join)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient.chunk(dist.get_world_size(ctx.group), ctx.join)[dist.get_rank(ctx.group)], None, None
+
+
+def spread_tokens(module, group):
+    """Give every process of `group` 1/p of the tokens of every frame (Ulysses, 2309.14509); by hooks, for any pass of the network.
+
+    Outside attention a token needs only itself. Around attention an all-to-all turns (all heads, some tokens) into (some
+    heads, all tokens) and back, so masks, RoPE and KV cache work as they are, the latter with 1/p of the heads.
+
+    Gradients: every process backpropagates the loss of the whole clip, and gathering adds these up, so that each holds p times
+    the part that went through its own tokens. The mean over processes is the gradient: FSDP's for weights, `meant` for the clip."""
+    net, size, rank = getattr(module, "backbone", module), dist.get_world_size(group), dist.get_rank(group)
+    if net.cfg.num_heads % size:
+        raise UsageError(f"--context-parallel {size} does not divide the {net.cfg.num_heads} heads of the network")
+
+    def to_heads(_, args, y):       # (b, f, n / p, dim) -> (b, f, n, dim / p)
+        autocast = torch.is_autocast_enabled(y.device.type)
+        return Exchange.apply(y.to(torch.get_autocast_dtype(y.device.type)) if autocast else y, group, 3, 2)
+
+    def to_tokens(_, args):         # and back
+        return Exchange.apply(args[0], group, 2, 3)
+
+    def own_tokens(_, args):
+        if args[0].shape[2] % size:
+            raise UsageError(f"--context-parallel {size} does not divide the {args[0].shape[2]} tokens of a frame: choose another --size")
+        return args[0].chunk(size, 2)[rank], *args[1:]
+
+    def meant(_, args):
+        def mean(gradient):
+            gradient = gradient / size
+            dist.all_reduce(gradient, group=group)
+            return gradient
+
+        if not args[0].requires_grad:
+            return args
+        x = args[0].view_as(args[0])
+        x.register_hook(mean)
+        return x, *args[1:]
+
+    net.register_forward_pre_hook(meant)
+    net.blocks[0].register_forward_pre_hook(own_tokens)
+    for attention in (block.self_attn for block in net.blocks):
+        attention.heads //= size
+        for name in ("v", "norm_q", "norm_k"):
+            getattr(attention, name).register_forward_hook(to_heads)
+        attention.o.register_forward_pre_hook(to_tokens)
+    net.head.register_forward_hook(lambda _, args, y: Gather.apply(y, group, 2))
+    if module is not net:  # a discriminator: its queries ask all tokens
+        for head in module.heads:
+            head.register_forward_pre_hook(lambda _, args: Gather.apply(args[0], group, 1))
