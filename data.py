@@ -228,12 +228,16 @@ class LatentFolder:
     def __init__(self, folder, frames):
         self.paths, self.frames = sorted(Path(folder).glob("*.safetensors")), frames
         self.only_text = read_tensors(self.paths[0]).keys() == {"text"}
+        negative = Path(folder) / "negative" / "text.safetensors"
+        self.negative = read_tensors(negative)["text"].float() if negative.is_file() else None  # (l, d), for guidance
 
     def check(self, cfg, trajectories):
         """The folder to train on: this one, or, for stage 2 where only captions are given, the ends of stage 1's `trajectories`.
         UsageError unless channels and text are what the network of `cfg` takes."""
         if self.only_text and cfg.stage == 2 and any(Path(trajectories).glob("*.safetensors")):
-            return LatentFolder(trajectories, self.frames).check(cfg, trajectories)
+            clips = LatentFolder(trajectories, self.frames)
+            clips.negative = self.negative
+            return clips.check(cfg, trajectories)
         if self.only_text and cfg.stage != 1:
             raise UsageError(f"{self.paths[0]} holds a caption alone, which is enough for stage 1 and, after it, for stage 2: "
                              f"stage {cfg.stage} needs clips, see data.py encode")
@@ -560,12 +564,13 @@ def captions_in(folder):
     """{file name: caption} of a folder: captions.csv (file,caption), captions.jsonl ({"file": ..., "caption": ...}) and
     .txt files beside the videos, the later ones winning."""
     folder, found = Path(folder), {}
-    if (folder / "captions.csv").is_file():
-        with open(folder / "captions.csv", newline="") as file:
-            found |= {row["file"]: row["caption"] for row in csv.DictReader(file)}
-    if (folder / "captions.jsonl").is_file():
-        rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines() if line.strip()]
-        found |= {row["file"]: row["caption"] for row in rows}
+    for path in (folder / "captions.csv", folder / "captions.jsonl"):
+        lines = path.read_text().splitlines() if path.is_file() else []
+        try:
+            rows = csv.DictReader(lines) if path.suffix == ".csv" else [json.loads(line) for line in lines if line.strip()]
+            found |= {row["file"]: row["caption"] for row in rows}
+        except (KeyError, TypeError, ValueError):
+            raise UsageError(f"{path} needs a file and a caption in every row, as columns of a csv or keys of json lines") from None
     return found | {p.name: p.with_suffix(".txt").read_text().strip() for p in folder.iterdir() if p.with_suffix(".txt").is_file()}
 
 
@@ -576,45 +581,71 @@ def cut(frames, length):
 
 
 def encode(args):
-    """`python data.py encode`: a .safetensors per clip. Finished videos are skipped, unreadable ones are listed at the end."""
+    """`python data.py encode`: a .safetensors per clip. Finished videos are skipped, unreadable and short ones listed at the end."""
     size, out, bad = sides(args.size), Path(args.out), []
     if args.frames % 4 != 1:
         raise UsageError(f"--frames {args.frames} is not 4 k + 1: use --frames {max(5, args.frames // 4 * 4 + 1)}")
-    codec, words = WanCodec(args.vae, args.device), CaptionEncoder(args.text_encoder, device=args.device)
-    sources = sorted(p for p in Path(args.videos).glob("*") if p.suffix.lower() in VIDEO_ENDINGS)
+    if bool(args.prompts) == bool(args.videos) or args.videos and not args.vae:
+        raise UsageError("name either --videos with --vae, or --prompts")
+    words = CaptionEncoder(args.text_encoder, device=args.device)
+    with torch.no_grad():
+        save_tensors(out / "negative" / "text.safetensors", {"text": words.encode(args.negative)})
+        if args.prompts:
+            return encode_prompts(args.prompts, words, out)
+    codec, sources = WanCodec(args.vae, args.device), sorted(p for p in Path(args.videos).glob("*") if p.suffix.lower() in VIDEO_ENDINGS)
     if not sources:
         raise UsageError(f"no videos in {args.videos}: put {', '.join(VIDEO_ENDINGS)} files there")
-    captions = captions_in(args.videos)
+    captions, shape = captions_in(args.videos), f"{args.size} {args.frames} frames {args.fps:g} fps"
     for path in tqdm(sources, unit="video"):
         done = out / "done" / path.name
         if done.is_file():
+            if done.read_text() != shape:
+                raise UsageError(f"{out} was made with {done.read_text()}, now it is {shape}: choose another --out")
             continue
         try:
-            with torch.no_grad():
-                text = words.encode(captions.get(path.name, ""))
-                for n, clip in enumerate(cut(frames_of(path, size, args.fps), args.frames)):
-                    latents = codec.encode(clip[None].float() / 127.5 - 1)[0]
-                    save_tensors(out / f"{path.stem}-{n:04d}.safetensors", {"latents": latents, "text": text})
+            bad += encode_video(path, captions.get(path.name, ""), codec, words, out, size, args)
         except UsageError as error:
             if "cannot write" in str(error):
                 raise
             bad.append(str(error))
             continue
         with written_whole(done) as temporary:
-            temporary.touch()
+            temporary.write_text(shape)
     print(f"{len(list(out.glob('*.safetensors')))} clips in {out}" + "".join(f"\nskipped: {line}" for line in bad))
+
+
+@torch.no_grad()
+def encode_video(path, caption, codec, words, out, size, args):
+    """The clips of one video, a file each; returns a complaint, in a list, where it is shorter than one."""
+    text, n = words.encode(caption), -1
+    for n, clip in enumerate(cut(frames_of(path, size, args.fps), args.frames)):
+        latents = codec.encode(clip[None].float() / 127.5 - 1)[0]
+        save_tensors(out / f"{path.name}-{n:04d}.safetensors", {"latents": latents, "text": text})
+    return [f"{path} is shorter than a clip of {args.frames} frames"] if n < 0 else []
+
+
+def encode_prompts(path, words, out):
+    """A file of captions, one a line, to a .safetensors each: all that stage 1 needs, and with it stage 2."""
+    if not Path(path).is_file():
+        raise UsageError(f"{path} does not exist: --prompts takes a text file with a caption a line")
+    lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+    for n, line in enumerate(tqdm(lines, unit="caption")):
+        save_tensors(out / f"{n:06d}.safetensors", {"text": words.encode(line)})
+    print(f"{len(lines)} captions in {out}")
 
 
 def encode_flags(argv):
     """The command line of `python data.py encode`."""
     parser = argparse.ArgumentParser(prog="data.py encode", description=encode.__doc__)
-    parser.add_argument("--videos", required=True, help=f"folder of {', '.join(VIDEO_ENDINGS)}; captions as .txt, captions.csv or .jsonl")
+    parser.add_argument("--videos", help=f"folder of {', '.join(VIDEO_ENDINGS)}; captions as .txt, captions.csv or .jsonl")
     parser.add_argument("--out", required=True, help="folder for the latents")
-    parser.add_argument("--vae", required=True, help="folder of Wan's VAE, as diffusers saves it")
+    parser.add_argument("--prompts", help="instead of videos: a text file with a caption a line, enough for stages 1 and 2")
+    parser.add_argument("--vae", help="folder of Wan's VAE, as diffusers saves it")
     parser.add_argument("--text-encoder", required=True, help="folder of Wan's UMT5 encoder and tokenizer, as transformers saves them")
     parser.add_argument("--size", default="480x832", help="height x width in pixels")
     parser.add_argument("--frames", type=int, default=81, help="frames of a clip, 4 k + 1")
     parser.add_argument("--fps", type=float, default=16, help="resample to this rate; 0: every frame")
+    parser.add_argument("--negative", default="", help="what guidance keeps away from; default: the empty caption")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
     return parser.parse_args(argv)
 

@@ -79,13 +79,15 @@ def chunk_bounds(frames, first, chunk):
     return ([(0, first)] if first else []) + [(s, s + chunk) for s in starts]
 
 
-def block_causal_mask(frames, first, chunk, window=None):
+def block_causal_mask(frames, first, chunk, window=None, sink=0):
     """(f, f) bool, [query, key]: bidirectional inside a chunk, causal across chunks.
 
-    With `window`, a frame sees only the last `window` frames up to the end of its own chunk (the chunk included)."""
+    With `window`, a frame sees only the last `window` frames up to the end of its own chunk (the chunk included), and the
+    first `sink` ones."""
     mask = torch.zeros(frames, frames, dtype=torch.bool)
     for start, end in chunk_bounds(frames, first, chunk):
         mask[start:end, 0 if window is None else max(0, end - window):end] = True
+        mask[start:end, :min(sink, end)] = True
     return mask
 
 

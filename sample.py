@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (CaptionEncoder, PatchCodec, VideoWriter, WanCodec, WordEncoder, dataset, explain, held_out, read_image,
@@ -37,12 +38,17 @@ def frame_times(level, like, given):
     return t
 
 
-def guided(model, text, scale):
-    """The teacher's velocity under classifier-free guidance: callable (x_t, t) -> flow. No text is all zeros."""
+def guided(model, text, scale, negative=None):
+    """The teacher's velocity under classifier-free guidance: callable (x_t, t) -> flow.
+
+    text (b, l, d); negative (l, d): the embedded text to keep away from (Wan's negative prompt); default: no text, all zeros."""
     def velocity(x, t):
         if scale == 1:
             return model(x, t, text)
-        cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, torch.zeros_like(text)])).chunk(2)
+        length = max(text.shape[1], 0 if negative is None else len(negative))
+        both = [F.pad(part, (0, 0, 0, length - part.shape[1])) for part in (
+            text, torch.zeros_like(text) if negative is None else negative.to(text).expand(len(text), -1, -1))]
+        cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat(both)).chunk(2)
         return guide(cond, uncond, scale)
     return velocity
 
@@ -130,8 +136,14 @@ def animate(net, settings, first, text, randn, frames, steps=None):
     if settings["stage"] == 0:
         times = schedule(steps or settings["ode_steps"], net.cfg.shift)
         return sample_ode(guided(net, text, settings["guidance"]), randn(frames), first, times)
-    steps = steps or settings["student_steps"]
-    return torch.cat(list(rollout(net, first, text, randn, frames, steps)), 1)[:, :frames]
+    return torch.cat(list(rollout(net, first, text, randn, frames, steps or settings["student_steps"],
+                                  context_level=context_of(settings))), 1)[:, :frames]
+
+
+def context_of(settings):
+    """rollout()'s context_level from a stage's settings: None, the cache is reused as it is, where they say less than 0."""
+    level = settings["context_level"]
+    return None if level < 0 else level
 
 
 def read_settings(folder):
@@ -144,7 +156,7 @@ def read_settings(folder):
     except json.JSONDecodeError as error:
         raise UsageError(f"{config} is damaged ({error}): train the stage again") from None
     if "stage" in settings:
-        return {**settings, "where": str(folder)}
+        return {"context_level": 0.0, **settings, "where": str(folder)}  # of runs older than that field
     if not official:
         raise UsageError(f"{folder} holds no finished stage and no weights: train it first (python train.py --stage N), "
                          "or name another")
@@ -159,7 +171,7 @@ def load_stage(folder, file="ema.safetensors", preset=None):
         if preset not in PRESETS:
             raise UsageError(f"{folder} holds weights without settings: say --preset {' or '.join(p for p in PRESETS if p != 'toy')}")
         cfg = Config(**PRESETS[preset])
-        return load_into(build(cfg), open_weights(folder), folder), None, {**asdict(cfg), "stage": 2, "student_steps": 4}
+        return load_into(build(cfg), open_weights(folder), folder), None, {**asdict(cfg), "stage": 2, "student_steps": 4, "context_level": 0.0}
     cfg = Config(**{f.name: settings[f.name] for f in fields(Config)})
     return load_into(build(cfg), open_weights(folder / file), folder / file), load_codec(folder), settings
 
@@ -194,7 +206,7 @@ def stream(net, codec, settings, first, text, randn, frames, steps):
     if settings["stage"] == 0:
         yield decode(animate(net, settings, first, text, randn, latents, steps and steps[0]))[0][:frames]
         return
-    for chunk in rollout(net, first, text, randn, latents, steps or settings["student_steps"]):
+    for chunk in rollout(net, first, text, randn, latents, steps or settings["student_steps"], context_level=context_of(settings)):
         part = decode(chunk)[0][:frames - written]
         written += len(part)
         yield part
@@ -206,8 +218,10 @@ def inputs(args, codec, settings):
         if not (args.vae and args.text_encoder and args.image):
             raise UsageError("this network was trained on latents: name --vae, --text-encoder and --image as well")
         codec, words = WanCodec(args.vae, args.device), CaptionEncoder(args.text_encoder, settings["text_len"], args.device)
-        pixels, caption = read_image(args.image, sides(args.size)), args.prompt or ""
+        pixels, caption = read_image(args.image, sides(args.size or "480x832")), args.prompt or ""
         return codec, codec.encode(pixels), words.encode(caption)[None], caption
+    if args.vae or args.text_encoder or args.size:
+        raise UsageError(f"{settings['where']} brings its own codec and words: leave out --vae, --text-encoder and --size")
     if args.image:
         pixels, caption = read_image(args.image, settings["size"]), ""
     else:
@@ -225,7 +239,7 @@ def main(argv=None):
     parser.add_argument("--preset", help="shape of official weights: wan-1.3b or wan-14b")
     parser.add_argument("--vae", help="folder of Wan's VAE, for networks that were trained on latents")
     parser.add_argument("--text-encoder", help="folder of Wan's text encoder and tokenizer, for those")
-    parser.add_argument("--size", default="480x832", help="height x width in pixels, for those")
+    parser.add_argument("--size", help="height x width in pixels, for those; default: 480x832")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--image", help="picture to animate; its centre square is used")
     source.add_argument("--from-data", action="store_true", help="first frame and caption of a clip that was not trained on")
@@ -233,6 +247,8 @@ def main(argv=None):
     parser.add_argument("--frames", type=int, default=0, help="frames to write, any number; default: as trained")
     parser.add_argument("--steps", type=int, nargs="+", help="network passes per chunk; several: one for each chunk, the last "
                                                              "for all that follow (4 1 is First-Frame Enhancement)")
+    parser.add_argument("--context-level", type=float, help="noise level at which a finished chunk enters the cache; below 0: it stays "
+                                                            "there as its last pass left it, which saves a pass; default: as trained")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, and of the choice of the clip")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
     parser.add_argument("--fps", type=float, default=0, help="frames a second of the file; default: 8, of latents 16")
@@ -241,11 +257,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.frames < 0 or args.steps and min(args.steps) < 1:
         raise UsageError("--frames and --steps must be positive")
-    if args.fps < 0 or args.zoom < 0:
-        raise UsageError("--fps and --zoom must be positive")
+    if args.fps < 0 or args.zoom < 0 or (args.context_level or 0) > 1:
+        raise UsageError("--fps and --zoom must be positive, --context-level at most 1")
     check_device(args.device)
 
     net, codec, settings = load_stage(args.weights or newest_stage(), preset=args.preset)
+    if args.preset and settings.get("where"):
+        raise UsageError(f"{settings['where']} says its own shape: leave out --preset")
+    if args.context_level is not None:
+        settings["context_level"] = args.context_level
     net.to(args.device)
     codec, first, text, caption = inputs(args, codec, settings)
     first, text = first.to(args.device)[:, :settings["first"]], text.to(args.device)

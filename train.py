@@ -43,7 +43,7 @@ from data import (PatchCodec, Draws, WordEncoder, dataset, explain, held_out, re
 from discriminator import Discriminator
 from model import PRESETS, Config, UsageError, block_causal_mask, build, chunk_bounds, load_into, open_weights
 from parallel import Flops, averaged, matrix_rate, now, own_rows, processes, shard, whole, world
-from sample import animate, check_device, frame_times, guided, load_codec, read_settings, rollout, sample_ode, schedule
+from sample import animate, check_device, context_of, frame_times, guided, load_codec, read_settings, rollout, sample_ode, schedule
 
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a state of a single process is saved on purpose
@@ -98,11 +98,12 @@ class TrainConfig(Config):
     level_weights: tuple = (0.4, 0.1, 0.1, 0.1, 0.3)  # how often a chunk gets each level, from noise to clean
     # stages 2 and 3: the student's own rollouts
     student_steps: int = 1          # network passes per chunk
+    context_level: float = 0.0      # noise level at which a finished chunk enters the cache (Diagonal Forcing: 0.1); below 0: as its last pass left it
     cache_grad: bool = False        # gradients also through the passes that fill the cache; no: as in Self Forcing
     dmd: float = 0.0                # weight of the DMD term
     dmd_flow: float = 0.0           # of its part that is taken on differences of consecutive frames (Diagonal Distillation), over the other
     gan: float = 0.0                # weight of the adversarial term
-    gan_ratio: float = 0.0          # with both terms: norm of the adversarial gradient over DMD's (One-Forcing); 0: as it comes
+    gan_ratio: float = 0.0          # with both terms: norm of the adversarial gradient over DMD's, before weights (One-Forcing); 0: as it comes
     critic_lr: float = 1e-3         # fake score (DMD) and discriminator heads (GAN)
     critic_betas: tuple = (0.5, 0.99)  # Adam's, for the critics
     critic_updates: int = 2         # critic steps per generator step
@@ -255,6 +256,7 @@ class Run:
         self.data, self.words = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim)
         if self.data.latent:
             self.data = self.data.check(cfg, Path(cfg.out) / "stage1" / "trajectories")
+        self.negative = self.data.negative if self.data.latent else None
         self.nets, self.opts, self.tokens = {}, {}, 0
         torch.manual_seed(cfg.seed)
 
@@ -321,11 +323,17 @@ class Run:
         """A micro-batch's part of the mean over the global batch (the mean over processes adds the parts up)."""
         return loss * (len(batch.x0) * self.world / self.cfg.batch_size)
 
+    def add_up(self, log, numbers, batch):
+        """Add a micro-batch's part of these means to the log: the same numbers however the global batch is split."""
+        for name, value in numbers.items():
+            log[name] = log.get(name, 0.0) + self.share(value, batch).item()
+
     def update(self, name):
         """Clip, check, step every optimizer of a network; returns the gradient norm. Skips non-finite gradients."""
         cfg, net = self.cfg, self.nets[name]
         norm = float(whole(torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)))
-        rise = min(1.0, (self.step + 1) / max(1, cfg.warmup))
+        done = self.step - (cfg.critic_warmup if name == "student" and cfg.stage > 1 else 0)  # steps it has made
+        rise = min(1.0, (done + 1) / max(1, cfg.warmup))
         fall = min(1.0, (cfg.iters - self.step) / max(1.0, cfg.decay * cfg.iters)) if name == "student" else 1.0
         self.bad[name] = 0 if math.isfinite(norm) else self.bad.get(name, 0) + 1
         for o in self.opts[name]:
@@ -339,7 +347,7 @@ class Run:
             raise UsageError(f"stage {cfg.stage}, step {self.step + 1}: {self.bad[name]} non-finite gradients in a row in {name} "
                              f"(last good state: {last}): start again with a lower --lr and --no-resume")
         if name == "student" and math.isfinite(norm):
-            decay = min(cfg.ema, (self.step + 1) / (self.step + 10))
+            decay = min(cfg.ema, (done + 1) / (done + 10))
             with torch.no_grad():
                 for p, q in zip(self.nets["ema"].parameters(), net.parameters()):
                     p.lerp_(q, 1 - decay)
@@ -350,7 +358,7 @@ class Run:
 
 def teacher_step(run):
     """Stage 0: flow matching on real clips; the conditioning image is clean, its frame at t = 0."""
-    cfg, log = run.cfg, {"loss": 0.0}
+    cfg, log = run.cfg, {}
     for batch in run.batches("teacher"):
         u, drop = batch.draws.rand(1), batch.draws.rand(1, 1) < cfg.text_drop
         text = batch.text.masked_fill(drop, 0.0)
@@ -358,15 +366,15 @@ def teacher_step(run):
         with run.autocast():
             loss = L.flow_matching_loss(lambda x, t: run.nets["student"](x, t, text), batch.x0, batch.draws.randn(*batch.x0.shape[1:]), t)
         run.share(loss, batch).backward()
-        log["loss"] += run.share(loss, batch).item()
+        run.add_up(log, {"loss": loss}, batch)
     return {**log, "grad": run.update("student")}
 
 
 def ode_step(run):
     """Stage I: from a state of the teacher's trajectory, every chunk at its own level, to its clean end (paper eq. 3)."""
-    cfg, log = run.cfg, {"loss": 0.0}
+    cfg, log = run.cfg, {}
     times = torch.tensor([*schedule(cfg.levels, cfg.shift), 0.0], device=run.device)
-    mask = block_causal_mask(cfg.frames, cfg.first, cfg.chunk)
+    mask = block_causal_mask(cfg.frames, cfg.first, cfg.chunk, cfg.window + cfg.chunk, cfg.sink)  # what the stream will see
     bounds = chunk_bounds(cfg.frames, cfg.first, cfg.chunk)[1 if cfg.first else 0:]
     for batch in run.batches("ode"):
         path, text = run.trajectory(batch)                                    # (b, levels + 1, f, c, h, w)
@@ -377,7 +385,7 @@ def ode_step(run):
         with run.autocast():
             loss = L.ode_regression_loss(lambda x, t: run.nets["student"](x, t, text, mask=mask), x_t, path[:, -1], times[level])
         run.share(loss, batch).backward()
-        log["loss"] += run.share(loss, batch).item()
+        run.add_up(log, {"loss": loss}, batch)
     return {**log, "grad": run.update("student")}
 
 
@@ -387,7 +395,7 @@ def dmd_gradient(run, x, batch, draws):
     t = frame_times(L.student_levels(draws.rand(1), cfg.score_shift), x, k)
     x_t = L.add_noise(x, draws.randn(*x.shape[1:]), t)
     with torch.no_grad(), run.autocast():
-        x0_real = L.x0_from_flow(x_t, guided(teacher, batch.text, cfg.guidance)(x_t, t), t)
+        x0_real = L.x0_from_flow(x_t, guided(teacher, batch.text, cfg.guidance, run.negative)(x_t, t), t)
         x0_fake = L.x0_from_flow(x_t, fake(x_t, t, batch.text), t)
     clip = x[:, k:].clone().requires_grad_()
     loss = L.dmd_loss(clip, L.dmd_gradient(x[:, k:], x0_real[:, k:], x0_fake[:, k:]))
@@ -395,7 +403,7 @@ def dmd_gradient(run, x, batch, draws):
         whole_clip = torch.cat([x[:, :k], clip], 1)
         loss = loss + cfg.dmd_flow * L.dmd_loss(L.change(whole_clip), L.dmd_gradient(*map(L.change, (x, x0_real, x0_fake))))
     grad, = torch.autograd.grad(loss, clip)
-    return grad, {"dmd": grad.norm().item(), "distance": (x - x0_real)[:, k:].abs().mean().item()}
+    return grad, {"dmd": grad.flatten(1).norm(dim=1).mean(), "distance": (x - x0_real)[:, k:].abs().mean()}
 
 
 def judged_level(cfg, draws, x):
@@ -418,26 +426,26 @@ def gan_gradient(run, x, batch, draws):
     with torch.no_grad():
         real = judge(run, batch.x0, batch, t, eps)  # same noise, same level, same image: a pair
     grad, = torch.autograd.grad(L.GAN_LOSSES[cfg.gan_loss][1](real, fake), clip)
-    return grad, {"gan": grad.norm().item()}
+    return grad, {"gan": grad.flatten(1).norm(dim=1).mean()}
 
 
 def fake_score_step(run, clips, update):
     """The fake score follows the student: flow matching on its clips (paper eq. 6)."""
-    cfg, log = run.cfg, {"fake_loss": 0.0}
+    cfg, log = run.cfg, {}
     for batch, x in clips:
         draws = run.draws(batch.clips, f"fake{update}")
         t = frame_times(L.student_levels(draws.rand(1), cfg.score_shift), x, cfg.first)
         with run.autocast():
             loss = L.fake_score_loss(lambda x, t: run.nets["fake"](x, t, batch.text), x, draws.randn(*x.shape[1:]), t)
         run.share(loss, batch).backward()
-        log["fake_loss"] += run.share(loss, batch).item()
+        run.add_up(log, {"fake_loss": loss}, batch)
     run.update("fake")
     return log
 
 
 def disc_step(run, clips, update):
     """The discriminator learns to tell real from generated, with approximate R1 and R2 (paper eq. 7, 9, 10)."""
-    cfg, log = run.cfg, {"d_real": 0.0, "d_fake": 0.0, "d_pairs": 0.0}
+    cfg, log = run.cfg, {}
     regular = (run.step * cfg.critic_updates + update) % cfg.r_every == 0
     for batch, x in clips:
         draws = run.draws(batch.clips, f"disc{update}")
@@ -447,12 +455,11 @@ def disc_step(run, clips, update):
         loss = L.GAN_LOSSES[cfg.gan_loss][0](real, fake)
         if regular:
             for clip, logits in ((batch.x0, real), (x, fake)):
-                delta = cfg.r_sigma * draws.randn(*x.shape[1:])
+                delta = cfg.r_sigma * draws.randn(*x.shape[1:]) * (t > 0)[:, :, None, None, None]  # the image is given
                 loss = loss + cfg.r_weight * L.approximate_r(
                     lambda x_t: run.nets["disc"](x_t, t, batch.text), L.add_noise(clip, eps, t), logits, delta)
         run.share(loss, batch).backward()
-        for name, value in (("d_real", real.mean()), ("d_fake", fake.mean()), ("d_pairs", (real > fake).float().mean())):
-            log[name] += run.share(value, batch).item()
+        run.add_up(log, {"d_real": real.mean(), "d_fake": fake.mean(), "d_pairs": (real > fake).float().mean()}, batch)
     run.update("disc")
     return log
 
@@ -467,16 +474,18 @@ def distil_step(run):
         noise = lambda frames: batch.draws.randn(frames, *batch.x0.shape[2:])
         with run.autocast():
             x = torch.cat(list(rollout(run.nets["student"], batch.given(cfg), batch.text, noise, cfg.frames,
-                                       cfg.student_steps, exit_step, grad=moving, cache_grad=cfg.cache_grad)), 1)
+                                       cfg.student_steps, exit_step, moving, context_of(asdict(cfg)), cfg.cache_grad)), 1)
         if moving:
             grads = []
             for weight, term in terms:
                 grad, numbers = term(run, x.detach(), batch, run.draws(batch.clips, term.__name__))
-                grads, log = [*grads, weight * grad], {**log, **numbers}
+                grads.append((weight, grad))
+                run.add_up(log, numbers, batch)
             if len(grads) == 2 and cfg.gan_ratio:
-                dmd_norm, gan_norm = (g.flatten(1).norm(dim=1)[:, None, None, None, None] for g in grads)  # clip by clip
-                grads[1] = grads[1] * cfg.gan_ratio * dmd_norm / gan_norm.clamp_min(1e-12)
-            x[:, cfg.first:].backward(run.share(sum(grads), batch))
+                dmd_norm, gan_norm = (g.flatten(1).norm(dim=1)[:, None, None, None, None] for _, g in grads)  # clip by clip
+                grads[1] = cfg.gan, grads[1][1] * cfg.gan_ratio * dmd_norm / gan_norm.clamp_min(1e-12)
+            x[:, cfg.first:].backward(run.share(sum(weight * grad for weight, grad in grads), batch))
+        run.add_up(log, {"motion": motion(x), "real_motion": motion(batch.x0)}, batch)
         clips.append((batch, x.detach()))
     if moving:
         log["grad"] = run.update("student")
@@ -485,14 +494,13 @@ def distil_step(run):
             log.update(fake_score_step(run, clips, update))
         if cfg.gan:
             log.update(disc_step(run, clips, update))
-    log["motion"] = motion(torch.cat([x for _, x in clips])) / max(1e-9, motion(torch.cat([b.x0 for b, _ in clips])))
     return log
 
 
 def motion(x, lag=4):
-    """Root mean square difference of frames `lag` apart: a number that falls when a student turns static."""
+    """Root mean square difference of frames `lag` apart, the mean over clips: it falls when a student turns static."""
     lag = min(lag, x.shape[1] - 1)
-    return (x[:, lag:] - x[:, :-lag]).square().mean().sqrt().item()
+    return (x[:, lag:] - x[:, :-lag]).detach().square().flatten(1).mean(1).sqrt().mean()
 
 
 STEPS = {0: teacher_step, 1: ode_step, 2: distil_step, 3: distil_step}
@@ -576,7 +584,7 @@ def make_trajectories(run):
         batch = run.batch([cfg.seed * 10_000_000 + 5_000_000 + n for n in numbers], "trajectories")
         given = batch.given(cfg)[:, :0] if run.data.latent and run.data.only_text else batch.given(cfg)  # the teacher makes the image too
         with run.autocast():
-            end, states = sample_ode(guided(run.nets["teacher"], batch.text, cfg.guidance), batch.draws.randn(*batch.x0.shape[1:]),
+            end, states = sample_ode(guided(run.nets["teacher"], batch.text, cfg.guidance, run.negative), batch.draws.randn(*batch.x0.shape[1:]),
                                      given, schedule(cfg.ode_steps, cfg.shift), keep)
         for path, path_states, text in zip(paths, torch.stack([*states, end], 1), batch.text):
             save_tensors(path, {"states": path_states, "text": text})
@@ -729,8 +737,7 @@ def loop(run):
     SIGTERM: saves, exits with 143."""
     cfg, stop = run.cfg, EarlyStop(run.cfg.stop_motion if run.cfg.stage == 2 else 0.0)
     lines = (run.dir / "log.jsonl").read_text().splitlines()[:run.step] if run.step else []
-    for line in lines:
-        stop(json.loads(line))
+    reason = next(filter(None, [stop(json.loads(line)) for line in lines]), "")
     bar = tqdm(total=cfg.iters, initial=run.step, desc=run.dir.name, disable=not run.writes, mininterval=1.0)
     share = cfg.batch_size // run.world
     passes, first, began = -(-share // (cfg.micro_batch or share)), run.step, now(run.device)
@@ -741,10 +748,12 @@ def loop(run):
             temporary.write_text("".join(line + "\n" for line in lines))
     work, counted = Flops(), max(first, cfg.critic_warmup)  # the first step in which all networks learn
     with open(run.dir / "log.jsonl", "a") if run.writes else contextlib.nullcontext() as file, terminations() as came:
-        while run.step < cfg.iters:
+        while run.step < cfg.iters and not reason:
             with work if run.step == counted else contextlib.nullcontext():
                 log = averaged({**STEPS[cfg.stage](run), "terminated": float(bool(came))})  # all processes act alike
             terminated = log.pop("terminated")
+            if "motion" in log:  # relative to the real clips of the whole batch
+                log["motion"] /= max(1e-9, log.pop("real_motion"))
             run.step += 1
             bar.update()
             if run.writes:
@@ -758,10 +767,10 @@ def loop(run):
                 raise SystemExit(143)
             if reason := stop(log):
                 bar.write(f"stage {cfg.stage} stops early at step {run.step}: {reason}")
-                break
     bar.close()
     rate = (run.step - first) / (now(run.device) - began)
-    kib = torch.cuda.max_memory_allocated() / 1024 if cfg.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    kib = torch.cuda.max_memory_allocated() / 1024 if cfg.device == "cuda" else (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1))  # there it counts bytes
     words = f"{rate:.2f} steps/s, {rate * cfg.batch_size * run.tokens:,.0f} tokens/s, peak memory {kib / 2 ** 20:.1f} GiB per process"
     if work.flops:
         done = rate * work.flops

@@ -12,6 +12,7 @@ Motion is counted between frames in which the object can be found: broken frames
 import argparse
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -197,7 +198,8 @@ def sharpness(video):
 @torch.no_grad()
 def make(net, codec, settings, clips, frames, steps, at_once=64):
     """Held-out clips animated by a stage: (videos (b, f, 3, H, W), raw batches)."""
-    cfg = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k != "where"})
+    known = {field.name for field in fields(TrainConfig)}
+    cfg = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in known})
     data, words, made, raws = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim), [], []
     clips = list(clips)
     for i in range(0, len(clips), at_once):
@@ -217,7 +219,7 @@ def stage_scores(folder, number=256, steps=None, long=True):
     clips, frames, chunk = held_out(number), settings["frames"], settings["chunk"]
     video, raws, data = make(net, codec, settings, clips, frames, steps)
     toy = isinstance(data, ToyWorld)
-    scores = {"stage": settings["stage"], "clips": number, "steps": steps or settings["student_steps"]}
+    scores = {"stage": settings["stage"], "clips": number, "steps": steps or settings["student_steps" if settings["stage"] else "ode_steps"]}
     if toy:
         state = {k: torch.cat([raw["state"][k] for raw in raws]) for k in raws[0]["state"]}
         scores |= exact_scores(data, state, video, settings["first"], chunk)
@@ -271,6 +273,8 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, help="network passes per chunk; default: as trained")
     parser.add_argument("--no-long", action="store_true", help="leave out the 4 times longer rollout, and with it drift")
     args = parser.parse_args(argv)
+    if args.clips < 1 or (args.steps or 1) < 1:
+        raise UsageError("--clips and --steps must be positive")
     rows = []
     for folder in args.folders:
         if not Path(folder).is_dir():
