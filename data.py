@@ -110,7 +110,7 @@ class ToyWorld:
         if size < 24:
             raise UsageError(f"the toy world needs frames of at least 24 pixels, not {size}: use --size 32")
         self.size, self.frames = size, frames
-        self.radius, self.speeds = size * 6 / 32, (size * 1.5 / 32, size * 2.1 / 32)
+        self.radius, self.speeds = size * 7.5 / 32, (size * 1.3 / 32, size * 1.9 / 32)
         unit = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32)
         self.directions = unit / unit.norm(dim=1, keepdim=True)
         self.colours = torch.tensor(list(COLOURS.values())) * 2 - 1

@@ -13,12 +13,14 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v2 as iio
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -29,7 +31,7 @@ import parallel
 import sample
 import train
 from discriminator import Discriminator
-from experiments import evaluate
+from experiments import bench, evaluate, plan
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 5e-6  # relative; the floor of the reference itself is 3e-7
@@ -173,6 +175,17 @@ def test_official_names(preset, keys):
     assert names["patch_embedding.weight"] == (d, 16, 1, 2, 2) and names["head.modulation"] == (1, 2, d)
     assert names["blocks.0.self_attn.norm_q.weight"] == (d,) and names["blocks.7.modulation"] == (1, 6, d)
     assert names["blocks.3.ffn.0.weight"] == (net.cfg.ffn_dim, d) and names["text_embedding.0.weight"] == (d, 4096)
+
+
+def test_mask_of_stage_one_is_what_the_stream_sees():
+    """Sink and window of the mask are those of the cache, which evicts frame by frame."""
+    cfg = tiny(frames=17, first=1, chunk=4, sink=2, window=5)
+    mask = M.block_causal_mask(17, 1, 4, cfg.window + cfg.chunk, cfg.sink)
+    cache = M.KVCache(cfg.sink, cfg.window)
+    for start, end in M.chunk_bounds(17, 1, 4):
+        seen = cache.kept + list(range(start, end))
+        assert [k for k in range(17) if mask[start, k]] == seen and torch.equal(mask[start], mask[end - 1])
+        cache.kept, cache.seen = [seen[i] for i in cache.left(end - start)], end
 
 
 def test_masks():
@@ -774,6 +787,47 @@ def test_killed_run_goes_on(small_run, tmp_path):
     assert [line["step"] for line in logs(folder)] == list(range(1, 31))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(4))
+def test_kill_at_a_random_moment_is_bit_for_bit(small_run, tmp_path, stage):
+    """SIGKILL twice, whenever it comes: while starting, stepping or saving. The run that goes on ends as if nothing had been."""
+    command = ["--stage", str(stage), "--init", str(small_run / f"stage{max(0, stage - 1)}"), "--teacher", str(small_run / "stage0"),
+               "--iters", "40", "--save-every", "3", *SMALL]
+    began = time.time()
+    assert start(tmp_path / "a", *command).wait() == 0
+    whole = time.time() - began
+    moment = np.random.default_rng(stage)
+    for _ in range(2):
+        run = start(tmp_path / "b", *command)
+        time.sleep(moment.uniform(0.3, 0.9) * whole)
+        run.kill()
+        run.wait()
+    assert start(tmp_path / "b", *command).wait() == 0
+    one, two = weights(tmp_path / "a" / f"stage{stage}"), weights(tmp_path / "b" / f"stage{stage}")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert logs(tmp_path / "a" / f"stage{stage}") == logs(tmp_path / "b" / f"stage{stage}")
+
+
+@pytest.mark.parametrize("flags", ["--context-level -1", "--context-level 0.1 --dmd-flow 1 --student-steps 2"])
+def test_relatives_are_switches(small_run, tmp_path, flags):
+    """Diagonal Forcing and flow distribution matching train, and change what is learnt."""
+    command = ["--stage", "2", "--init", str(small_run / "stage1"), "--teacher", str(small_run / "stage0"), "--iters", "3", *SMALL]
+    train.main(["--out", str(tmp_path / "a"), *command])
+    train.main(["--out", str(tmp_path / "b"), *command, *flags.split()])
+    one, two = weights(tmp_path / "a/stage2"), weights(tmp_path / "b/stage2")
+    assert max((one[k] - two[k]).abs().max().item() for k in one) > 1e-6
+    sample.main(["--weights", str(tmp_path / "b/stage2"), "--from-data", "--frames", "10", "--context-level", "0.1", "--out", str(tmp_path / "v.gif")])
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike(small_run, tmp_path):
+    command = ["--stage", "2", "--init", str(small_run / "stage1"), "--teacher", str(small_run / "stage0"), "--iters", "3", *SMALL]
+    train.main(["--out", str(tmp_path / "a"), *command])
+    train.main(["--out", str(tmp_path / "b"), *command, "--compile"])
+    one, two = weights(tmp_path / "a/stage2"), weights(tmp_path / "b/stage2")
+    assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-3  # Adam amplifies rounding
+
+
 def test_full_disk_keeps_the_old_state(small_run, tmp_path):
     """A limit on the size of files stands in for a full disk."""
     command = f"python train.py --stage 2 --out {tmp_path} --init {small_run}/stage1 --teacher {small_run}/stage0 --iters 6 {' '.join(SMALL)}"
@@ -838,6 +892,35 @@ def test_stages_from_official_weights_and_latents(tmp_path):
     assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-5
 
 
+def test_captions_alone_are_enough_for_two_stages(tmp_path, capsys):
+    """Stage 1 lets the teacher make image and clip, stage 2 takes its images from there; stage 3 needs real clips."""
+    small_wan(tmp_path)
+    (tmp_path / "texts" / "negative").mkdir(parents=True)
+    for name in ("0", "1", "negative/text"):
+        save_file({"text": torch.randn(4, 8)}, tmp_path / "texts" / f"{name}.safetensors")
+    flags = ["--teacher", str(tmp_path / "wan"), "--out", str(tmp_path / "out"), *WAN, "--latent-size", "4", "6", "--data"]
+    for stage in "12":
+        train.main(["--stage", stage, *flags, str(tmp_path / "texts")])
+    states = load_file(tmp_path / "out/stage1/trajectories/000000.safetensors")["states"]
+    assert states.shape == (5, 9, 4, 4, 6) and (states[0] - states[-1])[0].abs().max() > 0.1  # the image is made, too
+    with pytest.raises(SystemExit):
+        train.main(["--stage", "3", *flags, str(tmp_path / "texts")])
+    assert "a caption alone" in capsys.readouterr().err
+    train.main(["--stage", "3", *flags, str(tmp_path / "latents")])
+    run = train.Run(train.settle(train.parse([*flags, str(tmp_path / "texts")]), 2))
+    assert run.negative.shape == (4, 8) and run.data.paths[0].parent.name == "trajectories"
+
+
+def test_guidance_keeps_away_from_the_negative_prompt():
+    cfg = tiny()
+    net, (x, t, text) = network(cfg), inputs(cfg)
+    negative = torch.randn(2, cfg.text_dim)
+    padded = F.pad(negative, (0, 0, 0, text.shape[1] - 2)).expand_as(text)
+    with torch.no_grad():
+        expected = L.guide(net(x, t, text), net(x, t, padded), 3.0)
+        assert relative(sample.guided(net, text, 3.0, negative)(x, t), expected) < 1e-5
+
+
 @pytest.mark.parametrize("latents, text, message", [
     ((11, 5, 4, 6), (4, 8), "the network takes 4 channels"), ((11, 4, 4, 5), (4, 8), "sides that divide by 2"),
     ((11, 4, 4, 6), (4, 9), "text up to 4 x 8"), ((8, 4, 4, 6), (4, 8), "8 latent frames, a clip needs 9"),
@@ -877,13 +960,14 @@ def test_videos_and_captions_become_latents(tmp_path, capsys):
                "--text-encoder", str(tmp_path / "umt5"), "--size", "32x48", "--frames", "9", "--fps", "0"]
     data.main(command)
     said = capsys.readouterr().out
-    assert "3 clips" in said and "broken.mp4 cannot be read" in said
+    assert "3 clips" in said and "broken.mp4 cannot be read" in said and "short.mp4 is shorter than a clip of 9 frames" in said
+    assert load_file(tmp_path / "latents/negative/text.safetensors")["text"].shape[1] == 8
     clips = {p.stem: load_file(p) for p in (tmp_path / "latents").glob("*.safetensors")}
-    assert clips.keys() == {"a-0000", "a-0001", "b-0000"} and clips["a-0001"]["latents"].shape == (3, 4, 4, 6)
-    assert clips["a-0000"]["text"].shape == (2, 8) and torch.equal(clips["a-0000"]["text"], clips["a-0001"]["text"])
+    assert clips.keys() == {"a.mp4-0000", "a.mp4-0001", "b.gif-0000"} and clips["a.mp4-0001"]["latents"].shape == (3, 4, 4, 6)
+    assert clips["a.mp4-0000"]["text"].shape == (2, 8) and torch.equal(clips["a.mp4-0000"]["text"], clips["a.mp4-0001"]["text"])
     codec = data.WanCodec(tmp_path / "vae")
     whole = data.read_video(tmp_path / "clips" / "a.mp4", (32, 48))[None, :9].float() / 127.5 - 1
-    assert torch.allclose(codec.encode(whole)[0], clips["a-0000"]["latents"], atol=1e-6)
+    assert torch.allclose(codec.encode(whole)[0], clips["a.mp4-0000"]["latents"], atol=1e-6)
     latents, part = codec.encode(whole), codec.decoder()
     back = codec.vae.decode(latents.transpose(1, 2) * codec.std + codec.mean).sample.transpose(1, 2)
     assert back.shape == whole.shape and relative(codec.decode(latents), back) < 1e-5
@@ -891,6 +975,11 @@ def test_videos_and_captions_become_latents(tmp_path, capsys):
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "latents").glob("*.safetensors")}
     data.main(command)
     assert times == {p: p.stat().st_mtime_ns for p in times}
+    with pytest.raises(M.UsageError, match="was made with 32x48 9 frames"):
+        data.main([*command, "--size", "48x48"])
+    (tmp_path / "prompts.txt").write_text("red disc\n\na blue square\n")
+    data.main(["encode", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "texts"), "--text-encoder", str(tmp_path / "umt5")])
+    assert torch.equal(load_file(tmp_path / "texts/000000.safetensors")["text"], clips["a.mp4-0000"]["text"])
     (tmp_path / "latents").rename(tmp_path / "mine")
     small_wan(tmp_path)
     train.main(["--stage", "1", "--teacher", str(tmp_path / "wan"), "--data", str(tmp_path / "mine"), "--out", str(tmp_path / "out"),
@@ -1000,6 +1089,56 @@ def test_gradient_of_a_rollout_reaches_only_the_exit_pass(small_run):
     assert relative(torch.autograd.grad(last.sum(), key, retain_graph=True)[0], torch.autograd.grad(
         sample_again(net, first, text, made), key)[0]) > 1e-3
     assert [x is not None for x in torch.autograd.grad(last.sum(), made, allow_unused=True)] == [False, False, False, True]
+
+
+# ---------------------------------------------------------------- what it costs
+
+def small_settings(stage, *more):
+    return train.settle(train.parse([*SMALL, *more]), stage)
+
+
+@pytest.mark.parametrize("stage, more", [(0, []), (2, []), (3, ["--recompute", "--backbone-lr", "1e-4"])])
+def test_planned_bytes_are_those_of_the_run(stage, more):
+    """Weights, gradients, optimizer states and frozen networks to the byte; shares of several devices cover the whole."""
+    cfg = small_settings(stage, *more)
+    run, costs = plan.Rehearsal(replace(cfg, critic_warmup=0)), plan.static_bytes(cfg, 1)
+    train.STEPS[stage](run)
+    sizes = lambda trained: sum(p.nbytes for name, net in run.nets.items() if name != "ema" for p in net.parameters() if p.requires_grad == trained)
+    states = [x for opts in run.opts.values() for o in opts for s in o.state.values() for x in s.values() if x.ndim]
+    assert (costs["weights"], costs["gradients"], costs["frozen"]) == (sizes(True), sizes(True), sizes(False))
+    assert costs["optimizer"] == sum(x.nbytes for x in states) and costs["gathered"] == 0
+    assert costs["average"] == sum(p.nbytes for p in run.nets["ema"].parameters())
+    assert costs["weights"] / 4 <= plan.static_bytes(cfg, 4)["weights"] < costs["weights"] / 2  # rows, rounded up
+
+
+@pytest.mark.parametrize("stage, more", [(0, []), (2, ["--recompute"]), (3, ["--dtype", "bfloat16"])])
+def test_planned_activations_are_those_of_a_run(stage, more):
+    """The step on tensors without memory against PyTorch's own record of a real one; no stage of the plan holds on to anything."""
+    cfg = replace(small_settings(stage, *more), critic_warmup=0)
+    _, peak = bench.measured_step(cfg)
+    planned, flops, tokens = plan.rehearse(cfg, 1)
+    assert planned == pytest.approx(peak, rel=0.02) and flops > 0 and tokens == 7 * 16
+
+
+def test_plan_command(capfd):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--plan", "--gpus", "1", "2", "--stage", "2", *SMALL])
+    said = capfd.readouterr().out
+    assert stop.value.code == 0 and said.count("| toy | 2 |") == 2 and "PFLOP" in said
+    with pytest.raises(M.UsageError, match="multiple of --context-parallel"):
+        plan.main(["--gpus", "3", "--context-parallel", "2"])
+
+
+def test_bench_commands(capsys):
+    bench.main(["stream", "--chunks", "3", "--steps", "1"])
+    assert capsys.readouterr().out.count("| toy | 8 x 8 | 1 |") == 2
+    bench.main(["step", "--stages", "2", *SMALL])
+    row = capsys.readouterr().out.strip().splitlines()[-1].split("|")
+    assert row[1].strip() == "toy" and 0.85 < float(row[-2]) < 1.15
+    bench.main(["load", "--processes", "1"])
+    assert "| toy | 1 | 0.005 |" in capsys.readouterr().out
+    with pytest.raises(M.UsageError, match="unknown"):
+        bench.main(["load", "--nonsense"])
 
 
 # ---------------------------------------------------------------- sampling

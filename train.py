@@ -127,7 +127,7 @@ class TrainConfig(Config):
 RECIPES = {  # preset -> stage -> what differs from the defaults
     "toy": {
         0: dict(iters=2300, muon_lr=0.02, warmup=30, decay=0.4, ema=0.99),
-        1: dict(iters=60, muon_lr=0.01, decay=0.5),
+        1: dict(iters=35, muon_lr=0.01, decay=0.5),
         2: dict(iters=170, dmd=1.0, lr=3e-4, betas=(0.5, 0.99), ema=0.95),
         3: dict(iters=100, gan=1.0, dmd=1.0, gan_ratio=0.3, guidance=1.0, cache_grad=True, lr=3e-4, betas=(0.5, 0.99), decay=0.6,
                 critic_lr=5e-4, critic_betas=(0.0, 0.99), critic_warmup=10),  # alone, the GAN term did not help: see README
@@ -522,7 +522,8 @@ def networks(cfg):
     if cfg.stage > 1 and cfg.dmd:
         nets["fake"] = ("fake", [("", cfg.critic_lr)])
     if cfg.stage > 1 and cfg.gan:
-        heads, backbone = (("heads.", "norm.", "out."), cfg.critic_lr), ("backbone.", cfg.backbone_lr)
+        heads = ("heads.", "norm.", "out."), cfg.critic_lr
+        backbone = tuple(f"backbone.{part}" for part in ("patch_", "text_", "time_", "blocks.")), cfg.backbone_lr  # not its flow head
         nets["disc"] = ("student" if cfg.disc_causal else "teacher", [heads] + [backbone] * bool(cfg.backbone_lr))
     return nets
 
@@ -706,7 +707,7 @@ def begin(cfg, folder, fresh):
     before = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else None
     if fresh or not cfg.resume:
         shutil.rmtree(folder, ignore_errors=True)
-    elif before:
+    elif before and (saved_states(folder) or any((folder / left).exists() for left in ("trajectories", "metrics.json"))):
         free = ("out", "resume", "device", "micro_batch", "recompute", "max_bad_steps", "save_every", "samples", "eval_clips")
         for name, value in json.loads(json.dumps(asdict(cfg))).items():
             if name not in free and before.get(name) != value:
