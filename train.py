@@ -106,7 +106,8 @@ class TrainConfig(Config):
     gan_ratio: float = 0.0          # with both terms: norm of the adversarial gradient over DMD's, before weights (One-Forcing); 0: as it comes
     critic_lr: float = 1e-3         # fake score (DMD) and discriminator heads (GAN)
     critic_betas: tuple = (0.5, 0.99)  # Adam's, for the critics
-    critic_updates: int = 2         # critic steps per generator step
+    critic_updates: int = 2         # steps of the fake score per generator step
+    disc_updates: int = 1           # steps of the discriminator per generator step
     critic_warmup: int = 15         # first steps, in which only the critic learns
     score_shift: float = 1.5        # timestep shift of the level at which the scores are compared
     stop_motion: float = 0.6        # stop stage 2 once motion has fallen to this fraction of its best; 0: never stop early
@@ -446,7 +447,7 @@ def fake_score_step(run, clips, update):
 def disc_step(run, clips, update):
     """The discriminator learns to tell real from generated, with approximate R1 and R2 (paper eq. 7, 9, 10)."""
     cfg, log = run.cfg, {}
-    regular = (run.step * cfg.critic_updates + update) % cfg.r_every == 0
+    regular = (run.step * cfg.disc_updates + update) % cfg.r_every == 0
     for batch, x in clips:
         draws = run.draws(batch.clips, f"disc{update}")
         t, eps = judged_level(cfg, draws, x), draws.randn(*x.shape[1:])
@@ -489,11 +490,10 @@ def distil_step(run):
         clips.append((batch, x.detach()))
     if moving:
         log["grad"] = run.update("student")
-    for update in range(cfg.critic_updates):
-        if cfg.dmd:
-            log.update(fake_score_step(run, clips, update))
-        if cfg.gan:
-            log.update(disc_step(run, clips, update))
+    for update in range(cfg.critic_updates * bool(cfg.dmd)):
+        log.update(fake_score_step(run, clips, update))
+    for update in range(cfg.disc_updates * bool(cfg.gan)):
+        log.update(disc_step(run, clips, update))
     return log
 
 
@@ -708,7 +708,7 @@ def begin(cfg, folder, fresh):
     if fresh or not cfg.resume:
         shutil.rmtree(folder, ignore_errors=True)
     elif before and (saved_states(folder) or any((folder / left).exists() for left in ("trajectories", "metrics.json"))):
-        free = ("out", "resume", "device", "micro_batch", "recompute", "max_bad_steps", "save_every", "samples", "eval_clips")
+        free = ("out", "resume", "device", "micro_batch", "recompute", "context_parallel", "compile", "max_bad_steps", "save_every", "samples", "eval_clips")
         for name, value in json.loads(json.dumps(asdict(cfg))).items():
             if name not in free and before.get(name) != value:
                 raise UsageError(f"{folder} was trained with {name} {before.get(name)}, now it is {value}: choose another --out or "

@@ -121,12 +121,27 @@ class Imagined(Rehearsal):
                 [x for state in o.state.values() for x in state.values() if isinstance(x, torch.Tensor)]))
 
 
-def rehearse(cfg, gpus):
-    """(bytes of activations at the peak, FLOPs, tokens of a clip) of one pass of a training step with all terms."""
-    run = Imagined(replace(cfg, critic_warmup=0, batch_size=cfg.micro_batch or cfg.batch_size), gpus)
+def rehearse(cfg, gpus, known={}):
+    """(bytes of activations at the peak, FLOPs, tokens of a clip) of one pass of a training step with all terms; remembered."""
+    key = repr((replace(cfg, batch_size=cfg.micro_batch or cfg.batch_size), gpus > 1))
+    if key not in known:
+        known[key] = rehearsed(cfg, gpus)
+    return known[key]
+
+
+def rehearsed(cfg, gpus):
+    """rehearse(), anew."""
+    once = replace(cfg, critic_warmup=0, batch_size=cfg.micro_batch or cfg.batch_size, critic_updates=1, disc_updates=1)
+    run = Imagined(once, gpus)
     with run.alive:
         train.STEPS[cfg.stage](run)
-    return run.alive.peak, run.alive.flops, run.tokens
+        peak, flops = run.alive.peak, run.alive.flops
+        for name, step, updates in (("fake", train.fake_score_step, cfg.critic_updates), ("disc", train.disc_step, cfg.disc_updates)):
+            if name in run.nets and updates > 1:  # the others cost what one costs
+                before, batch = run.alive.flops, next(run.batches(name))
+                step(run, [(batch, batch.x0)], 0)
+                flops += (updates - 1) * (run.alive.flops - before)
+    return peak, flops, run.tokens
 
 
 # ---------------------------------------------------------------- what is counted from shapes
