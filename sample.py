@@ -163,17 +163,23 @@ def read_settings(folder):
     return None
 
 
-def load_stage(folder, file="ema.safetensors", preset=None):
+def load_stage(folder, file="ema.safetensors", preset=None, device="cpu", dtype=torch.float32):
     """(network, codec or None, settings as a dict) of what train.py left in a stage's folder, or of a student's official
-    weights, to which `preset` gives the shape. UsageError where they are missing."""
+    weights, to which `preset` gives the shape. UsageError where they are missing. Weights are read one tensor at a time."""
     folder, settings = Path(folder), read_settings(folder)
+
+    def network(cfg, path):
+        with torch.device("meta"):
+            net = build(cfg).to(dtype)
+        return load_into(net.to_empty(device=device), open_weights(path), path)
+
     if settings is None:
         if preset not in PRESETS:
             raise UsageError(f"{folder} holds weights without settings: say --preset {' or '.join(p for p in PRESETS if p != 'toy')}")
         cfg = Config(**PRESETS[preset])
-        return load_into(build(cfg), open_weights(folder), folder), None, {**asdict(cfg), "stage": 2, "student_steps": 4, "context_level": 0.0}
+        return network(cfg, folder), None, {**asdict(cfg), "stage": 2, "student_steps": 4, "context_level": 0.0}
     cfg = Config(**{f.name: settings[f.name] for f in fields(Config)})
-    return load_into(build(cfg), open_weights(folder / file), folder / file), load_codec(folder), settings
+    return network(cfg, folder / file), load_codec(folder), settings
 
 
 def load_codec(folder):
@@ -261,12 +267,12 @@ def main(argv=None):
         raise UsageError("--fps and --zoom must be positive, --context-level at most 1")
     check_device(args.device)
 
-    net, codec, settings = load_stage(args.weights or newest_stage(), preset=args.preset)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    net, codec, settings = load_stage(args.weights or newest_stage(), preset=args.preset, device=args.device, dtype=dtype)
     if args.preset and settings.get("where"):
         raise UsageError(f"{settings['where']} says its own shape: leave out --preset")
     if args.context_level is not None:
         settings["context_level"] = args.context_level
-    net.to(args.device)
     codec, first, text, caption = inputs(args, codec, settings)
     first, text = first.to(args.device)[:, :settings["first"]], text.to(args.device)
     noise = torch.Generator().manual_seed(args.seed)

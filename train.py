@@ -128,10 +128,10 @@ class TrainConfig(Config):
 RECIPES = {  # preset -> stage -> what differs from the defaults
     "toy": {
         0: dict(iters=2300, muon_lr=0.02, warmup=30, decay=0.4, ema=0.99),
-        1: dict(iters=35, muon_lr=0.01, decay=0.5),
-        2: dict(iters=170, dmd=1.0, lr=3e-4, betas=(0.5, 0.99), ema=0.95),
-        3: dict(iters=100, gan=1.0, dmd=1.0, gan_ratio=0.3, guidance=1.0, cache_grad=True, lr=3e-4, betas=(0.5, 0.99), decay=0.6,
-                critic_lr=5e-4, critic_betas=(0.0, 0.99), critic_warmup=10),  # alone, the GAN term did not help: see README
+        1: dict(iters=25, muon_lr=0.01, decay=0.5),
+        2: dict(iters=200, dmd=1.0, lr=3e-4, betas=(0.5, 0.99), ema=0.95),
+        3: dict(iters=130, gan=1.0, dmd=1.0, gan_ratio=0.3, guidance=1.0, score_shift=0.8, cache_grad=True, lr=3e-4, betas=(0.5, 0.99),
+                decay=0.6, critic_lr=5e-4, critic_betas=(0.0, 0.99), critic_warmup=10),  # alone, the GAN term did not help: see README
     },
 }
 _WAN_RECIPE = {  # latents of 480 x 832 pixels
@@ -709,10 +709,13 @@ def begin(cfg, folder, fresh):
         shutil.rmtree(folder, ignore_errors=True)
     elif before and (saved_states(folder) or any((folder / left).exists() for left in ("trajectories", "metrics.json"))):
         free = ("out", "resume", "device", "micro_batch", "recompute", "context_parallel", "compile", "max_bad_steps", "save_every", "samples", "eval_clips")
-        for name, value in json.loads(json.dumps(asdict(cfg))).items():
-            if name not in free and before.get(name) != value:
-                raise UsageError(f"{folder} was trained with {name} {before.get(name)}, now it is {value}: choose another --out or "
-                                 "--tag to keep it, or --no-resume to train it again")
+        plain = lambda settings: json.loads(json.dumps(asdict(settings)))  # tuples become lists
+        defaults = plain(TrainConfig())
+        for name, value in plain(cfg).items():
+            was = before.get(name, defaults[name])  # runs older than a field had its default
+            if name not in free and was != value:
+                raise UsageError(f"{folder} was trained with {name} {was}, now it is {value}: choose another --out or --tag to keep it, "
+                                 "or --no-resume to train it again")
         if (folder / "metrics.json").is_file():
             print(f"stage {cfg.stage} is finished and kept: {folder} (--no-resume trains it again)")
             return False

@@ -26,7 +26,7 @@ from data import explain
 from model import UsageError
 
 RECIPE = [("stage0", "--stage 0"), ("stage1", "--stage 1"), ("stage2", "--stage 2"), ("stage3", "--stage 3")]
-CONTROLS = [("stage2-longer", "--stage 2 --tag longer --init {out}/stage2 --iters 160 --stop-motion 0 --critic-warmup 0"),
+CONTROLS = [("stage2-longer", "--stage 2 --tag longer --init {out}/stage2 --iters 200 --stop-motion 0 --critic-warmup 0"),
             ("stage3-no-gan", "--stage 3 --tag no-gan --gan 0"),
             ("stage3-no-warmup", "--stage 3 --tag no-warmup --init {out}/stage1")]
 JUDGES = [("stage3-causal-framewise", "--stage 3 --tag causal-framewise --disc-causal --disc-framewise"),
