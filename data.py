@@ -217,6 +217,17 @@ class VideoFolder:
         return {"video": video, "text": [self.texts[w] for w, _ in rows]}
 
 
+def padded(texts):
+    """Embedded captions (l, d) of any length as one tensor (b, l, d), zeros after the shorter ones."""
+    length = max(len(text) for text in texts)
+    return torch.stack([F.pad(text, (0, 0, 0, length - len(text))) for text in texts])
+
+
+def clips_in(folder):
+    """The .safetensors files of a folder, without those that are being written (.NAME.tmp.safetensors)."""
+    return sorted(p for p in Path(folder).glob("*.safetensors") if not p.name.startswith("."))
+
+
 class LatentFolder:
     """Clips that have been encoded: a .safetensors file each, with `latents` (f, c, h, w) and `text` (l, d), the embedded caption.
 
@@ -226,7 +237,7 @@ class LatentFolder:
     latent = True
 
     def __init__(self, folder, frames):
-        self.paths, self.frames = sorted(Path(folder).glob("*.safetensors")), frames
+        self.paths, self.frames = clips_in(folder), frames
         self.only_text = read_tensors(self.paths[0]).keys() == {"text"}
         negative = Path(folder) / "negative" / "text.safetensors"
         self.negative = read_tensors(negative)["text"].float() if negative.is_file() else None  # (l, d), for guidance
@@ -234,7 +245,7 @@ class LatentFolder:
     def check(self, cfg, trajectories):
         """The folder to train on: this one, or, for stage 2 where only captions are given, the ends of stage 1's `trajectories`.
         UsageError unless channels and text are what the network of `cfg` takes."""
-        if self.only_text and cfg.stage == 2 and any(Path(trajectories).glob("*.safetensors")):
+        if self.only_text and cfg.stage == 2 and clips_in(trajectories):
             clips = LatentFolder(trajectories, self.frames)
             clips.negative = self.negative
             return clips.check(cfg, trajectories)
@@ -252,8 +263,7 @@ class LatentFolder:
 
     def batch(self, indices):
         clips = [self._read(self.paths[np.random.default_rng(int(i)).integers(len(self.paths))]) for i in indices]
-        length = max(len(clip["text"]) for clip in clips)
-        batch = {"embeddings": torch.stack([F.pad(clip["text"].float(), (0, 0, 0, length - len(clip["text"]))) for clip in clips])}
+        batch = {"embeddings": padded([clip["text"].float() for clip in clips])}
         return batch if self.only_text else {**batch, "latents": torch.stack([c["latents"][:self.frames].float() for c in clips])}
 
     def _read(self, path):
@@ -270,7 +280,7 @@ class LatentFolder:
 
 def dataset(cfg):
     """The data that a Config asks for: the toy world, or the folder of videos or latents named by --data."""
-    if cfg.data and any(Path(cfg.data).glob("*.safetensors")):
+    if cfg.data and clips_in(cfg.data):
         return LatentFolder(cfg.data, cfg.frames)
     return VideoFolder(cfg.data, cfg.size, cfg.frames, cfg.fps) if cfg.data else ToyWorld(cfg.size, cfg.frames)
 
@@ -533,6 +543,7 @@ class WanCodec:
         vae.clear_cache()
         memory = list(vae._feat_map)  # one of its own, so that two streams do not meet
 
+        @torch.autocast(self.mean.device.type, enabled=False)  # the VAE is published in float32
         def decode(latents):
             z = vae.post_quant_conv(latents.float().transpose(1, 2).to(self.mean.device) * self.std + self.mean)
             frames = []
@@ -589,7 +600,8 @@ def encode(args):
         raise UsageError("name either --videos with --vae, or --prompts")
     words = CaptionEncoder(args.text_encoder, device=args.device)
     with torch.no_grad():
-        save_tensors(out / "negative" / "text.safetensors", {"text": words.encode(args.negative)})
+        if args.negative is not None or not (out / "negative" / "text.safetensors").is_file():
+            save_tensors(out / "negative" / "text.safetensors", {"text": words.encode(args.negative or "")})
         if args.prompts:
             return encode_prompts(args.prompts, words, out)
     codec, sources = WanCodec(args.vae, args.device), sorted(p for p in Path(args.videos).glob("*") if p.suffix.lower() in VIDEO_ENDINGS)
@@ -611,7 +623,7 @@ def encode(args):
             continue
         with written_whole(done) as temporary:
             temporary.write_text(shape)
-    print(f"{len(list(out.glob('*.safetensors')))} clips in {out}" + "".join(f"\nskipped: {line}" for line in bad))
+    print(f"{len(clips_in(out))} clips in {out}" + "".join(f"\nskipped: {line}" for line in bad))
 
 
 @torch.no_grad()
@@ -645,7 +657,7 @@ def encode_flags(argv):
     parser.add_argument("--size", default="480x832", help="height x width in pixels")
     parser.add_argument("--frames", type=int, default=81, help="frames of a clip, 4 k + 1")
     parser.add_argument("--fps", type=float, default=16, help="resample to this rate; 0: every frame")
-    parser.add_argument("--negative", default="", help="what guidance keeps away from; default: the empty caption")
+    parser.add_argument("--negative", help="what guidance keeps away from; default: the empty caption")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
     return parser.parse_args(argv)
 

@@ -9,7 +9,7 @@ KV cache, it is the student that writes a video chunk after chunk. The weights a
     output  (b, f, c, h, w)   the flow  v = eps - x0
 
 Parameter names are exactly those of the official checkpoints, which therefore load with `strict=True`.
-Parallelism is put on from outside (train.py): nothing here knows of devices or processes.
+Parallelism is put on from outside (parallel.py): nothing here knows of devices or processes.
 """
 import functools
 import json
@@ -418,7 +418,7 @@ class KVCache:
     With relative=False positions are frame numbers in the video, as in Self Forcing. With detach=False gradients pass.
 
     A pass over a chunk writes `present`, over whatever an earlier pass on the same chunk wrote; commit() ends the chunk.
-    Memory is constant: (sink + window + chunk) * tokens * 2 * dim values a layer.
+    Memory is constant: (sink + window + chunk) * tokens * 2 * dim values a layer, a chunk more while a context pass rides along.
     """
 
     def __init__(self, sink=1, window=None, relative=True, detach=True):

@@ -11,6 +11,7 @@ import functools
 import gc
 import os
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -30,16 +31,19 @@ def world():
 
 def kind():
     """The devices that processes talk between."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
 @contextlib.contextmanager
-def processes():
-    """The process group that torchrun asks for, if it does; taken down in an order that does not abort."""
+def processes(device=""):
+    """The process group that torchrun asks for, if it does, between devices of this kind (default: CUDA where there is one);
+    taken down in an order that does not abort."""
     if "RANK" in os.environ:
-        if kind() == "cuda":
+        cuda = device == "cuda" or not device and torch.cuda.is_available()
+        if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if kind() == "cuda" else "gloo")
+        # the first process writes and scores alone at the end of a stage, while the others wait
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     try:
         yield
     finally:
@@ -65,6 +69,12 @@ def whole(x):
 
 # ---------------------------------------------------------------- how much work, and how fast this device could do it
 
+_ATEN = torch.ops.aten
+FORMULAS = {**flop_registry,  # PyTorch's table lacks the CPU's attention kernel, which is also the one that plans are made with
+            _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
+            _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[_ATEN._scaled_dot_product_flash_attention_backward]}
+
+
 class Flops(TorchDispatchMode):
     """Counts the floating-point operations of all matrix products and attention while it is entered. What activation
     checkpointing runs again counts again; flash-attn's own kernel is unknown to PyTorch's table and counts nothing."""
@@ -75,8 +85,8 @@ class Flops(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if function._overloadpacket in flop_registry:
-            self.flops += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        if function._overloadpacket in FORMULAS:
+            self.flops += FORMULAS[function._overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
 
 
@@ -121,11 +131,12 @@ def shard(module, recompute=False, compiled=False, half=False, context=1):
         if compiled:
             block.compile()
     if dist.is_initialized():
-        policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32, cast_forward_inputs=False)
+        policy = lambda dtype: MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         mesh = init_device_mesh(kind(), (dist.get_world_size(),))
         for block in blocks_of(module):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy(torch.bfloat16 if half else None))
+        # what is in no block stays whole from pass to pass, and the gradients of a rollout's passes add up in its precision
+        fully_shard(module, mesh=mesh, mp_policy=policy(None))
     return module
 
 
@@ -142,9 +153,7 @@ def own_rows(param):
 
 @functools.lru_cache
 def context_group(size):
-    """The processes that share a clip with this one: `size` neighbours. UsageError where they do not come out even."""
-    if world()[1] % size:
-        raise UsageError(f"--context-parallel {size} does not divide {world()[1]} processes: start torchrun with a multiple of {size}")
+    """The processes that share a clip with this one: `size` neighbours."""
     return init_device_mesh(kind(), (world()[1] // size, size), mesh_dim_names=("data", "context")).get_group("context")
 
 
@@ -170,7 +179,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, join):
         ctx.group, ctx.join = group, join
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, x.contiguous(), group=group)
         return torch.cat(parts, join)
 
@@ -190,8 +199,6 @@ def spread_tokens(module, group):
     Gradients: every process backpropagates the loss of the whole clip, and gathering adds these up, so that each holds p times
     the part that went through its own tokens. The mean over processes is the gradient: FSDP's for weights, `meant` for the clip."""
     net, size, rank = getattr(module, "backbone", module), dist.get_world_size(group), dist.get_rank(group)
-    if net.cfg.num_heads % size:
-        raise UsageError(f"--context-parallel {size} does not divide the {net.cfg.num_heads} heads of the network")
 
     def to_heads(_, args, y):       # (b, f, n / p, dim) -> (b, f, n, dim / p)
         autocast = torch.is_autocast_enabled(y.device.type)

@@ -284,8 +284,8 @@ def main(argv=None):
     half = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
     with torch.no_grad(), half, VideoWriter(args.out, args.fps or (16 if codec.ratio > 1 else 8), zoom) as writer:
         for part in tqdm(stream(net, codec, settings, first, text, randn, frames, args.steps), unit="chunk"):
+            writer.write(part)  # waits for the device
             chunks.append((time.perf_counter() - began, len(part)))
-            writer.write(part)
             written += len(part)
     start = min(1 if settings["first"] else 0, len(chunks) - 1)
     rate = sum(n for _, n in chunks[start + 1:]) / max(1e-9, chunks[-1][0] - chunks[start][0])

@@ -31,7 +31,7 @@ import parallel
 import sample
 import train
 from discriminator import Discriminator
-from experiments import bench, evaluate, plan
+from experiments import ablations, bench, evaluate, figures, plan
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 5e-6  # relative; the floor of the reference itself is 3e-7
@@ -901,6 +901,7 @@ def test_captions_alone_are_enough_for_two_stages(tmp_path, capsys):
     flags = ["--teacher", str(tmp_path / "wan"), "--out", str(tmp_path / "out"), *WAN, "--latent-size", "4", "6", "--data"]
     for stage in "12":
         train.main(["--stage", stage, *flags, str(tmp_path / "texts")])
+        (tmp_path / "texts" / ".2.99.tmp.safetensors").write_bytes(b"a file that is being written")
     states = load_file(tmp_path / "out/stage1/trajectories/000000.safetensors")["states"]
     assert states.shape == (5, 9, 4, 4, 6) and (states[0] - states[-1])[0].abs().max() > 0.1  # the image is made, too
     with pytest.raises(SystemExit):
@@ -908,6 +909,11 @@ def test_captions_alone_are_enough_for_two_stages(tmp_path, capsys):
     assert "a caption alone" in capsys.readouterr().err
     train.main(["--stage", "3", *flags, str(tmp_path / "latents")])
     run = train.Run(train.settle(train.parse([*flags, str(tmp_path / "texts")]), 2))
+    for n, length in enumerate((2, 4)):  # captions of another length in another pass
+        save_file({"states": torch.randn(5, 9, 4, 4, 6), "text": torch.randn(length, 8)}, run.dir.parent / f"stage1/trajectories/{n:06d}.safetensors")
+    run.dir = run.dir.parent / "stage1"
+    states, text = run.trajectory(run.batch(list(range(8)), "x"))
+    assert states.shape[0] == 8 and text.shape == (8, 4, 8)
     assert run.negative.shape == (4, 8) and run.data.paths[0].parent.name == "trajectories"
 
 
@@ -1016,9 +1022,11 @@ def shell(*command, status=0, cwd=HERE):
     ("--in-dim 8", "must be the same"),
     ("--seed 100", "held-out"),
     ("--tag mine", "belong to one stage"),
-    ("--device tpu", "is not here"),
+    ("--device tpu", "is not here"), ("--context-parallel 0", "too small"), ("--context-parallel 3", "heads"),
+    ("--stage 0 --context-parallel 2", "does not divide 1 processes"), ("--latent-size 5 6", "divide by 2"), ("--betas 0.5", "two numbers"),
+    ("--lr -1", "too small"), ("--preset wan-1.3b --stage 0", "--teacher"), ("--gpus 8", "--gpus needs --plan"),
     ("--stage 0 --batch-size 0", "--batch-size 0 is too small"),
-    ("--stage 3 --disc-layers 9", "--disc-layers 9 does not exist"),
+    ("--stage 3 --disc-layers 9", "--disc-layers 9 does not work"), ("--stage 3 --disc-layers 1 1", "different blocks"),
     ("--stage 3 --gan-loss hinge", "--gan-loss hinge is unknown"),
     ("--stage 1 --level-weights 1 2", "--level-weights needs 5"),
     ("--stage 1 --ode-steps 9", "no multiple of --levels"),
@@ -1129,6 +1137,28 @@ def test_plan_command(capfd):
         plan.main(["--gpus", "3", "--context-parallel", "2"])
 
 
+def test_work_is_counted():
+    """Two matrix products per attention, forward, and five backward; and the products of a linear layer."""
+    q = torch.randn(1, 1100, 2, 8, requires_grad=True)  # long enough for SDPA's own kernel
+    with parallel.Flops() as work:
+        y = M.attention(q, q.detach(), q.detach())
+    assert work.flops == 2 * 2 * 2 * 1100 * 1100 * 8
+    with work:
+        y.sum().backward()
+    assert work.flops == 7 * 2 * 2 * 1100 * 1100 * 8
+
+
+def test_a_fresh_optimizer_is_saved_as_it_is():
+    """A state saved while only the critics learn must not count as a step of the student."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([p], lr=0.1, weight_decay=0.0)
+    train.begin_state(optimizer)
+    assert torch.equal(p, torch.ones(3)) and optimizer.state[p]["step"] == 0 and p.grad is None
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.allclose(p, torch.full((3,), 0.9), atol=1e-6)  # the first step of Adam is lr long
+
+
 def test_bench_commands(capsys):
     bench.main(["stream", "--chunks", "3", "--steps", "1"])
     assert capsys.readouterr().out.count("| toy | 8 x 8 | 1 |") == 2
@@ -1202,50 +1232,76 @@ def readme_commands():
     return [line for block in blocks for line in block.strip().splitlines()]
 
 
-def test_readme_commands_run(tmp_path):
+MAINS = {"train.py": train.main, "sample.py": sample.main, "data.py": data.main, "experiments/evaluate.py": evaluate.main,
+         "experiments/ablations.py": ablations.main, "experiments/figures.py": figures.main, "experiments/plan.py": plan.main,
+         "experiments/bench.py": bench.main}
+
+
+def run_readme_command(command, status, cwd):
+    """A command of the README: python's in this process, which saves starting it, torchrun's and pytest's in their own."""
+    if command[0] != "python":
+        shell(*command, cwd=cwd, status=status)
+        return
+    try:
+        MAINS[command[1]](command[2:])
+        left = 0
+    except SystemExit as stop:
+        left = stop.code or 0
+    except M.UsageError:
+        left = 2
+    assert left == status, command
+
+
+def shortened(line, folder, wan):
+    """A line of the README as (command that is over in seconds, exit status); None for pip. `wan`: is the extra installed?"""
+    line = line.replace("pip install -r requirements.txt && ", "").replace("DIR_OF_MP4", "clips").replace("PROMPTS.txt", "prompts.txt")
+    line = line.replace("DIR_OF_WAN", "wan").replace("DIR_OF_VAE", "vae").replace("DIR_OF_UMT5", "umt5").replace("DIR_OF_TEXTS", "texts")
+    line = line.replace("DIR_OF_LATENTS", "encoded" if "encode" in line else "latents").replace("nproc_per_node 8", "nproc_per_node 2")
+    if "bench.py load" in line:
+        line = line.replace("wan-1.3b", "toy")
+    command = shlex.split(line)
+    script = next((word for word in command if word.endswith(".py")), "")
+    scores = ["--eval-clips", "0", "--samples", "0"] if "--tag" in command else ["--eval-clips", "2", "--samples", "2"]
+    more = {"train.py": [*SMALL, "--iters", "2", *scores], "experiments/evaluate.py": ["--clips", "2"], "experiments/plan.py": WAN[2:],
+            "experiments/figures.py": ["--assets", str(folder / "pictures")],
+            "experiments/ablations.py": ["--print", "--out", str(folder / "table")]}.get(script, [])
+    if "wan-1.3b" in command or "wan-14b" in command:
+        more = WAN[2:]
+    elif script == "sample.py" and "--vae" in command:
+        more = ["--size", "32x48"]
+    elif "encode" in command and "--videos" in command:
+        more = ["--size", "32x48", "--frames", "9", "--fps", "0"]
+    elif "bench.py step" in line:
+        more = SMALL
+    elif command[0] == "pytest":
+        more = ["--collect-only"]
+    if command[0] == "torchrun":
+        command[1:1] = ["--master_port", "29513"]
+    return None if command[0] == "pip" else (command + more, 2 if "umt5" in command and not wan else 0)
+
+
+def test_readme_commands_run(tmp_path, monkeypatch):
     """All of them, in the README's order, with flags appended that make them short."""
     for name in ("*.py", "experiments", "assets", "goldens", "README.md", "pytest.ini"):
         for path in HERE.glob(name):
             (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "clips").mkdir()
     colour_clip(tmp_path / "clips", "a.mp4", frames=20)
+    (tmp_path / "prompts.txt").write_text("red disc\n")
     small_wan(tmp_path)
     wan = importlib.util.find_spec("diffusers") is not None  # requirements-wan.txt is there
     if wan:
         small_vae_and_text_encoder(tmp_path)
-    short = " ".join(SMALL).replace("--eval-clips 0 --samples 0", "--eval-clips 2 --samples 2") + " --iters 2 --master_port 29513"
-    ran = []
-    for line in readme_commands():
-        line = line.replace("pip install -r requirements.txt && ", "").replace("DIR_OF_MP4", "clips")
-        line = line.replace("DIR_OF_WAN", "wan").replace("DIR_OF_VAE", "vae").replace("DIR_OF_UMT5", "umt5")
-        line = line.replace("DIR_OF_LATENTS", "encoded" if "encode" in line else "latents").replace("nproc_per_node 8", "nproc_per_node 2")
-        command = shlex.split(line)
-        if command[0] == "pip":
-            continue
-        if "sample.py" in command and "--vae" in command:
-            command += ["--size", "32x48"]
-        elif "encode" in command:
-            command += ["--size", "32x48", "--frames", "9", "--fps", "0"]
-        elif "wan-1.3b" in command:
-            command += WAN[2:]
-        elif "train.py" in command:
-            command += short.replace("--master_port 29513", "").split()
-            if "--tag" in command:  # scores are made by the commands before
-                command += ["--eval-clips", "0", "--samples", "0"]
-        elif command[0] == "pytest":
-            command += ["--collect-only"]
-        elif "experiments/evaluate.py" in command:
-            command += ["--clips", "2"]
-        elif "experiments/figures.py" in command:
-            command += ["--assets", str(tmp_path / "pictures")]
-        elif "experiments/ablations.py" in command:
-            command += ["--print", "--out", str(tmp_path / "table")]
-            (tmp_path / "table" / "seed0" / "stage2").mkdir(parents=True)
-            (tmp_path / "table" / "seed0" / "stage2" / "metrics.json").write_text('{"quality_error": 0.1}')
-        output = shell(*command, cwd=tmp_path, status=2 if "--vae" in command and not wan else 0)
-        ran.append(line)
-        assert "Traceback" not in output, line
-    assert len(ran) > 12 and (tmp_path / "out/toy/stage3/samples.gif").is_file() and (tmp_path / "sample.gif").is_file()
+    else:  # what the encoder would have made
+        (tmp_path / "texts").mkdir()
+        save_file({"text": torch.randn(4, 8)}, tmp_path / "texts" / "0.safetensors")
+    (tmp_path / "table" / "seed0" / "stage2").mkdir(parents=True)
+    (tmp_path / "table" / "seed0" / "stage2" / "metrics.json").write_text('{"quality_error": 0.1}')
+    commands = [short for line in readme_commands() if (short := shortened(line, tmp_path, wan))]
+    for command, status in commands:
+        run_readme_command(command, status, tmp_path)
+    assert len(commands) > 12 and (tmp_path / "out/toy/stage3/samples.gif").is_file() and (tmp_path / "sample.gif").is_file()
 
 
 def test_every_file_of_the_readme_exists():

@@ -38,8 +38,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tqdm import tqdm
 
 import losses as L
-from data import (PatchCodec, Draws, WordEncoder, dataset, explain, held_out, read_tensors, save_tensors, write_gif_grid,
-                  write_sheet, written_whole)
+from data import (PatchCodec, Draws, WordEncoder, clips_in, dataset, explain, held_out, padded, read_tensors, save_tensors,
+                  write_gif_grid, write_sheet, written_whole)
 from discriminator import Discriminator
 from model import PRESETS, Config, UsageError, block_causal_mask, build, chunk_bounds, load_into, open_weights
 from parallel import Flops, averaged, matrix_rate, now, own_rows, processes, shard, whole, world
@@ -188,14 +188,23 @@ def settle(given, stage):
 def check(cfg):
     """Raise UsageError, naming the field, for settings that cannot work together."""
     chunk_bounds(cfg.frames, cfg.first, cfg.chunk)
-    positive = ("batch_size", "codec_patch", "levels", "num_heads", "in_dim", "trajectories", "student_steps")
-    for name in ("iters", "micro_batch", "save_every", "seed", *positive):
+    positive = ("batch_size", "codec_patch", "patch", "levels", "ode_steps", "num_heads", "in_dim", "trajectories", "student_steps",
+                "context_parallel", "r_every")
+    for name in ("iters", "micro_batch", "save_every", "seed", "lr", "critic_lr", "muon_lr", "backbone_lr", *positive):
         if getattr(cfg, name) < (1 if name in positive else 0):
             raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is too small")
+    if cfg.stage == 0 and not cfg.iters:
+        raise UsageError(f"stage 0 of {cfg.preset} has nothing to train: name the official weights with --teacher, or give it --iters")
     if cfg.seed > 90:
         raise UsageError(f"--seed {cfg.seed} is too large, its clips would be held-out ones: use 0 to 90")
     if cfg.dim % (2 * cfg.num_heads):
         raise UsageError(f"--dim {cfg.dim} does not divide into --num-heads {cfg.num_heads} of even width")
+    if cfg.num_heads % cfg.context_parallel:
+        raise UsageError(f"--context-parallel {cfg.context_parallel} does not divide the {cfg.num_heads} heads of the network")
+    if len(cfg.latent_size) != 2 or any(side % cfg.patch for side in cfg.latent_size):
+        raise UsageError(f"--latent-size {' '.join(map(str, cfg.latent_size))} is not a height and a width that divide by {cfg.patch}")
+    if len(cfg.betas) != 2 or len(cfg.critic_betas) != 2:
+        raise UsageError("--betas and --critic-betas take two numbers each")
     if cfg.in_dim != cfg.out_dim:
         raise UsageError(f"--in-dim {cfg.in_dim} and --out-dim {cfg.out_dim} must be the same")
     check_device(cfg.device)
@@ -206,8 +215,9 @@ def check(cfg):
         raise UsageError(f"--dtype {cfg.dtype} is unknown: choose bfloat16 or float32")
     if cfg.gan_loss not in L.GAN_LOSSES:
         raise UsageError(f"--gan-loss {cfg.gan_loss} is unknown: choose from {', '.join(L.GAN_LOSSES)}")
-    if max(cfg.disc_layers) >= cfg.num_layers:
-        raise UsageError(f"--disc-layers {max(cfg.disc_layers)} does not exist: the blocks are 0 to {cfg.num_layers - 1}")
+    layers = sorted(set(cfg.disc_layers))
+    if cfg.stage == 3 and cfg.gan and (layers[0] < 0 or layers[-1] >= cfg.num_layers or len(layers) < len(cfg.disc_layers)):
+        raise UsageError(f"--disc-layers {' '.join(map(str, cfg.disc_layers))} does not work: name different blocks of 0 to {cfg.num_layers - 1}")
     if cfg.stage > 1 and not (cfg.dmd or cfg.gan):
         raise UsageError(f"--dmd 0 --gan 0: stage {cfg.stage} has nothing to learn from, give one of them a weight")
     if len(cfg.level_weights) != cfg.levels + 1:
@@ -247,16 +257,18 @@ class Run:
     def __init__(self, cfg):
         self.cfg, self.step, self.bad = cfg, 0, {}
         (rank, number), share = world(), cfg.context_parallel
-        if number % share or cfg.batch_size % (number // share):
-            raise UsageError(f"--batch-size {cfg.batch_size} does not divide over {number} processes"
-                             + (f" of which --context-parallel {share} share a clip" if share > 1 else ""))
+        if number % share:
+            raise UsageError(f"--context-parallel {share} does not divide {number} processes: start torchrun with a multiple of {share}")
+        if cfg.batch_size % (number // share):
+            raise UsageError(f"--batch-size {cfg.batch_size} does not divide over {number // share} "
+                             + ("processes" if share == 1 else f"groups of {share} processes"))
         self.rank, self.world = rank // share, number // share  # counting the processes that share a clip as one
         self.writes = rank == 0
         self.device = torch.device(cfg.device)
         self.dir = stage_folder(cfg)
         self.data, self.words = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim)
         if self.data.latent:
-            self.data = self.data.check(cfg, Path(cfg.out) / "stage1" / "trajectories")
+            self.data = self.data.check(cfg, start_from(cfg)[0] / "trajectories")
         self.negative = self.data.negative if self.data.latent else None
         self.nets, self.opts, self.tokens = {}, {}, 0
         torch.manual_seed(cfg.seed)
@@ -287,6 +299,7 @@ class Run:
                 optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0))
             optimizers.append(torch.optim.AdamW(rest, lr=lr, **options))
         for o in optimizers:
+            begin_state(o)
             for g in o.param_groups:
                 g["peak"] = g["lr"]
         self.nets[name], self.opts[name] = module, optimizers
@@ -315,7 +328,7 @@ class Run:
         """Teacher trajectories for a batch: states (b, levels + 1, f, c, h, w), noise first, and their texts."""
         numbers = (batch.draws.rand(1)[:, 0] * self.cfg.trajectories).long().tolist()
         rows = [read_tensors(self.dir / "trajectories" / f"{n:06d}.safetensors") for n in numbers]
-        return (torch.stack([row[name] for row in rows]).to(self.device) for name in ("states", "text"))
+        return torch.stack([row["states"] for row in rows]).to(self.device), padded([row["text"] for row in rows]).to(self.device)
 
     def draws(self, clips, purpose):
         return Draws(clips, self.cfg.seed, self.cfg.stage, self.step, purpose, device=self.device)
@@ -353,6 +366,22 @@ class Run:
                 for p, q in zip(self.nets["ema"].parameters(), net.parameters()):
                     p.lerp_(q, 1 - decay)
         return norm
+
+
+def begin_state(optimizer):
+    """Give an optimizer its moments, all zero. Saving a state would do so by a step without gradients, which counts as one."""
+    for group in optimizer.param_groups:
+        group["lr"], lr = 0.0, group["lr"]
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+        group["lr_before"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    for group in optimizer.param_groups:
+        group["lr"] = group.pop("lr_before")
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].zero_()
 
 
 # ---------------------------------------------------------------- the stages, a function each: one training step
@@ -573,22 +602,24 @@ def source(cfg, path):
 
 
 def make_trajectories(run):
-    """The teacher's ODE trajectories, a file each with the states at the student's levels. A single process keeps those that are there."""
+    """The teacher's ODE trajectories, a file each with the states at the student's levels. Those that are there are kept."""
     cfg, folder, at_once = run.cfg, run.dir / "trajectories", run.cfg.micro_batch or 32
     keep = range(0, cfg.ode_steps, cfg.ode_steps // cfg.levels)
-    mine = [n % cfg.trajectories for n in range(run.rank, -(-cfg.trajectories // run.world) * run.world, run.world)]  # as many for all
+    missing = [[n for n in range(cfg.trajectories) if not (folder / f"{n:06d}.safetensors").is_file()]]
+    if dist.is_initialized():
+        dist.broadcast_object_list(missing)  # all go by what the first process sees
+    mine = missing[0][run.rank::run.world]
+    mine += missing[0][:1] * (-(-len(missing[0]) // run.world) - len(mine))  # as many for all: every pass gathers weights
     for i in tqdm(range(0, len(mine), at_once), desc="trajectories", disable=not run.writes):
         numbers = mine[i:i + at_once]
-        paths = [folder / f"{n:06d}.safetensors" for n in numbers]
-        if not dist.is_initialized() and all(p.is_file() for p in paths):
-            continue
         batch = run.batch([cfg.seed * 10_000_000 + 5_000_000 + n for n in numbers], "trajectories")
         given = batch.given(cfg)[:, :0] if run.data.latent and run.data.only_text else batch.given(cfg)  # the teacher makes the image too
         with run.autocast():
             end, states = sample_ode(guided(run.nets["teacher"], batch.text, cfg.guidance, run.negative), batch.draws.randn(*batch.x0.shape[1:]),
                                      given, schedule(cfg.ode_steps, cfg.shift), keep)
-        for path, path_states, text in zip(paths, torch.stack([*states, end], 1), batch.text):
-            save_tensors(path, {"states": path_states, "text": text})
+        for n, path_states, text in zip(numbers, torch.stack([*states, end], 1), batch.text):
+            if world()[0] % cfg.context_parallel == 0:  # the others of a group have made the same
+                save_tensors(folder / f"{n:06d}.safetensors", {"states": path_states, "text": text})
     if dist.is_initialized():
         dist.barrier()
 
@@ -778,7 +809,7 @@ def loop(run):
     words = f"{rate:.2f} steps/s, {rate * cfg.batch_size * run.tokens:,.0f} tokens/s, peak memory {kib / 2 ** 20:.1f} GiB per process"
     if work.flops:
         done = rate * work.flops
-        words += f", {done / 1e12:.3g} TFLOP/s = {done / matrix_rate(run.device):.0%} of what matrix products reach here"
+        words += f", {done / 1e12:.3g} TFLOP/s = {done / matrix_rate(run.device, getattr(torch, cfg.dtype)):.0%} of what matrix products reach here"
     return words
 
 
@@ -788,7 +819,8 @@ def train(cfg, fresh=False):
     for path in start_from(cfg) if cfg.stage else ():  # before anything of the folder is written or removed
         if path.resolve() == folder.resolve():
             raise UsageError(f"{folder} cannot start from itself: choose another --tag or --out")
-        source(cfg, path)
+        if source(cfg, path)[1] is None and not (cfg.data and clips_in(cfg.data)):
+            raise UsageError(f"{path} was trained on latents: make some with data.py encode, and name their folder with --data")
     go = [begin(cfg, folder, fresh) if rank == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(go)
@@ -798,7 +830,8 @@ def train(cfg, fresh=False):
     prepare(run)
     load_state(run)
     speed = loop(run)
-    save_state(run)
+    if not cfg.save_every or run.step % cfg.save_every:  # else the loop has just done it
+        save_state(run)
     export(run)
     show(run)
     cfg.eval_clips *= run.codec is not None
@@ -837,10 +870,12 @@ def table(out):
 def main(argv=None):
     """The command line: one stage, or all four in order and the table."""
     given = parse(argv)
-    if {"plan", "gpus"} & given.keys():
+    if "gpus" in given and "plan" not in given:
+        parse(["--gpus needs --plan"])  # one sentence, exit 2
+    if "plan" in given:
         script = Path(__file__).resolve().parent / "experiments" / "plan.py"
         raise SystemExit(subprocess.run([sys.executable, script, *(sys.argv[1:] if argv is None else argv)]).returncode)
-    with explain(), processes():
+    with explain(), processes(given.get("device")):
         if given.get("stage", -1) != -1:
             train(settle(given, given["stage"]))
             return

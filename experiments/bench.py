@@ -7,6 +7,7 @@
 Weights are random: speed and memory do not depend on them. The video VAE is not part of any of it.
 """
 import argparse
+import gc
 import platform
 import subprocess
 import sys
@@ -19,13 +20,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 HERE = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(HERE), str(HERE / "experiments")]
+sys.path.insert(0, str(HERE))
 
 import train
 from data import explain, save_tensors
+from experiments.plan import Rehearsal, plan
 from model import PRESETS, Config, UsageError, build, load_into, open_weights
 from parallel import Flops, matrix_rate, now, own_rows, processes, shard, world
-from plan import Rehearsal, plan
 from sample import check_device, rollout
 
 PAPER = {("wan-1.3b", 1): 43.37, ("wan-1.3b", 4): 17.70, ("wan-14b", 1): 14.33, ("wan-14b", 4): 5.71}  # frames/s, one H100, VAE included
@@ -51,14 +52,14 @@ def stream(cfg, device, dtype, size, steps, reuse, chunks=6):
     generator = torch.Generator(device).manual_seed(0)
     randn = lambda f: torch.randn(1, f, cfg.in_dim, *size, generator=generator, device=device, dtype=dtype)
     text, work, times = torch.randn(1, cfg.text_len, cfg.text_dim, generator=generator, device=device, dtype=dtype), Flops(), []
-    for _ in range(2):  # the first stream warms the kernels up
-        began, times = now(device), []
-        parts = rollout(net, randn(cfg.first), text, randn, None, steps, context_level=None if reuse else 0.0)
-        for _, _ in zip(range(chunks + 1), parts):  # the image, then the chunks
-            times.append(now(device) - began)
-    began = now(device)
-    with work:
-        next(parts)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for _ in range(2):  # the first stream warms the kernels up
+            began, times = now(device), []
+            parts = rollout(net, randn(cfg.first), text, randn, None, steps, context_level=None if reuse else 0.0)
+            for _, _ in zip(range(chunks + 1), parts):  # the image, then the chunks
+                times.append(now(device) - began)
+        with work:
+            next(parts)
     per_chunk = (times[-1] - times[-3]) / 2 if len(times) > 3 else times[-1] - times[-2]
     frames = cfg.chunk * (4 if cfg.in_dim == 16 else 1)
     return times[1] - times[0], frames / per_chunk, work.flops / per_chunk
@@ -72,7 +73,8 @@ def unset(cfg):
 
 def bench_stream(args, device):
     """The table of streaming speeds."""
-    dtype, peak = (torch.bfloat16 if device.type == "cuda" else torch.float32), matrix_rate(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    peak = matrix_rate(device, dtype)
     print("| preset | latent | passes | context pass | s to first chunk | frames/s | of matrix rate | paper, one H100 with VAE |\n|" + "---|" * 8)
     for preset in args.preset:
         cfg = Config(**PRESETS[preset])
@@ -89,8 +91,8 @@ def bench_stream(args, device):
 def measured_step(cfg):
     """(seconds, peak bytes) of a training step with random weights; on a CPU the peak is that of PyTorch's allocations
     on top of weights and optimizer states, on a GPU the whole."""
-    run = Rehearsal(replace(cfg, critic_warmup=0, warmup=0))
-    run.step = 0
+    gc.collect()  # checkpointed blocks are cycles, and would still be there
+    run = Rehearsal(replace(cfg, critic_warmup=0))
     train.STEPS[cfg.stage](run)  # optimizer states are made in the first
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -111,7 +113,7 @@ def measured_step(cfg):
 
 def bench_step(args, device, rest):
     """A table of training steps: seconds, and the peak against what plan.py said."""
-    given = {**train.parse(rest), "device": device.type}
+    given = {**train.parse(rest), "device": device.type, **({"latent_size": tuple(args.latent_size)} if args.latent_size else {})}
     print("| preset | stage | clips | s a step | peak GB | planned GB | planned / peak |\n|" + "---|" * 7)
     for preset in args.preset:
         for stage in args.stages:
@@ -140,7 +142,7 @@ def load_here(preset, path):
         while not done.wait(0.005):
             most[0] = max(most[0], anonymous())
 
-    with processes():
+    with processes("cpu"):
         net = shard(unset(cfg))
         before = anonymous()
         watcher = threading.Thread(target=watch)
@@ -161,10 +163,11 @@ def bench_load(args):
             shapes = {name: p.shape for name, p in unset(Config(**PRESETS[preset])).named_parameters()}
             save_tensors(Path(folder) / "model.safetensors", {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()})
             for number in args.processes:
-                launcher = ["torchrun", "--nproc_per_node", str(number), "--master_port", "29521"] if number > 1 else [sys.executable]
-                out = subprocess.run([*launcher, __file__, "load-here", "--preset", preset, "--path", folder], capture_output=True, text=True)
+                launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)] if number > 1 else []
+                out = subprocess.run([sys.executable, *launcher, __file__, "load-here", "--preset", preset, "--path", folder],
+                                     capture_output=True, text=True)
                 if out.returncode:
-                    raise UsageError(f"loading failed: {out.stderr.strip().splitlines()[-1]}")
+                    raise UsageError("loading failed: " + [line for line in out.stderr.splitlines() if "Error" in line or "error" in line][-1])
                 rows = [[int(n) for n in line.split(": ")[1].split()] for line in out.stdout.splitlines() if line.startswith("rank")]
                 share, peak = max(rows, key=lambda row: row[1] / row[0])
                 print(f"| {preset} | {number} | {share / 1e9:.3f} | {peak / 1e9:.3f} | {peak / share:.2f} | "
@@ -173,18 +176,20 @@ def bench_load(args):
 
 def main(argv=None):
     """One bench, its table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("what", choices=["stream", "step", "load", "load-here"])
     parser.add_argument("--preset", nargs="+", default=["toy"], help="shapes to measure")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4], help="stream: passes per chunk")
     parser.add_argument("--chunks", type=int, default=6, help="stream: chunks per measurement")
-    parser.add_argument("--latent-size", type=int, nargs=2, help="stream: height and width of a latent frame; default: 60 104")
+    parser.add_argument("--latent-size", type=int, nargs=2, help="stream and step: height and width of a latent frame; default: 60 104")
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3], help="step: stages to measure; further flags are train.py's")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="load: numbers of processes")
     parser.add_argument("--scratch", help="load: folder for the fabricated checkpoint; default: the system's")
     parser.add_argument("--path", help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args(argv)
+    if args.chunks < 2 or min(args.steps) < 1:
+        raise UsageError("--chunks must be at least 2, --steps at least 1")
     if unknown := [p for p in args.preset if p not in PRESETS]:
         raise UsageError(f"--preset {unknown[0]} is unknown: choose from {', '.join(PRESETS)}")
     if rest and args.what != "step":

@@ -9,6 +9,7 @@ as FSDP2 cuts them. Activations are not guessed by a formula: the very training 
 that have a shape and no memory, and the most bytes that were alive at once are its peak; its FLOPs are counted on the way.
 """
 import argparse
+import math
 import sys
 import weakref
 from dataclasses import replace
@@ -157,7 +158,7 @@ def rows_of_one(shape, gpus):
 def static_bytes(cfg, gpus):
     """{what: bytes} on one of `gpus` devices: all weights are cut into `gpus` parts, and what is made of them with them."""
     bytes_of = dict.fromkeys(("weights", "gradients", "optimizer", "average", "frozen", "gathered"), 0)
-    half = cfg.dtype == "bfloat16"
+    half, blocks, rest = cfg.dtype == "bfloat16", 0, 0
     for name, (_, groups) in train.networks(cfg).items():
         with torch.device("meta"):
             module = train.new_network(cfg, name)
@@ -175,12 +176,12 @@ def static_bytes(cfg, gpus):
                 bytes_of["optimizer"] += (4 if muon else 8) * n
             else:
                 bytes_of["frozen"] += 4 * n
-        if gpus > 1:  # whole while they run: a block, the next one on its way, and all that is in no block; one block's gradients
+        if gpus > 1:
             block = sum(p.numel() for p in blocks_of(module)[0].parameters())
-            rest = sum(p.numel() for p in module.parameters()) - block * len(blocks_of(module))
-            now = (2 if half else 4) * (2 * block + rest) + (2 * 4 * block if groups else 0)
-            bytes_of["gathered"] = max(bytes_of["gathered"], now)
-    return bytes_of
+            rest += 4 * (sum(p.numel() for p in module.parameters()) - block * len(blocks_of(module)))
+            blocks = max(blocks, (2 if half else 4) * 2 * block + (2 * 4 * block if groups else 0))
+    # whole while it runs: a block, the next one on its way, their gradients; whole all the time: what is in no block
+    return {**bytes_of, "gathered": blocks + rest}
 
 
 def cache_bytes(cfg, tokens):
@@ -191,14 +192,28 @@ def cache_bytes(cfg, tokens):
 
 
 def plan(cfg, gpus):
-    """{what: bytes per device}, with `flops` of a step over all devices and `passes` of a device."""
+    """{what: bytes per device}, with `flops` of a step over all devices and `passes` of a device. With --context-parallel the
+    activations are those of one device over the number that shares a clip: a lower bound, since text, time and a
+    discriminator's heads do not get smaller."""
     groups = gpus // cfg.context_parallel
-    share = max(1, cfg.batch_size // groups)
+    if cfg.batch_size % groups:
+        raise UsageError(f"--batch-size {cfg.batch_size} does not divide over {groups} devices or groups of them")
+    share = cfg.batch_size // groups
     cfg = replace(cfg, micro_batch=min(cfg.micro_batch or share, share))
     peak, flops, tokens = rehearse(cfg, gpus)
-    costs = {**static_bytes(cfg, gpus), "activations": peak // cfg.context_parallel}
+    passes = -(-share // cfg.micro_batch)
+    clip = cfg.frames * cfg.in_dim * math.prod(train.latent_sides(cfg))
+    held = (passes - 1) * cfg.micro_batch * 4 * (2 * clip + cfg.text_len * cfg.text_dim) if cfg.stage > 1 else 0  # for the critics
+    costs = {**static_bytes(cfg, gpus), "activations": peak // cfg.context_parallel + held}
     return {**costs, "total": sum(costs.values()), "cache": cache_bytes(cfg, tokens) if cfg.stage > 1 else 0,
-            "flops": flops * cfg.batch_size // cfg.micro_batch, "passes": -(-share // cfg.micro_batch), "micro": cfg.micro_batch}
+            "flops": flops * cfg.batch_size // cfg.micro_batch, "passes": passes, "micro": cfg.micro_batch}
+
+
+def trajectories(cfg):
+    """What stage 1 does before its first step, in words: teacher passes and bytes on the disk."""
+    passes = cfg.trajectories * cfg.ode_steps * (1 if cfg.guidance == 1 else 2)
+    clip = cfg.frames * cfg.in_dim * math.prod(train.latent_sides(cfg)) * (cfg.levels + 1) + cfg.text_len * cfg.text_dim
+    return f"{cfg.trajectories:,} trajectories of {cfg.ode_steps} steps, {passes:,} passes of the teacher, {4e-9 * cfg.trajectories * clip:,.2f} GB on disk"
 
 
 # ---------------------------------------------------------------- the command
@@ -222,7 +237,7 @@ def table(rows):
 def main(argv=None):
     """Settings are train.py's, and its flags are taken; what is planned for is a GPU, whatever this machine has."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1], help="devices that share the weights")
     parser.add_argument("--table", action="store_true", help="the README's: 1.3B on 1 and 8 devices, 14B on 8 and 64")
     parser.add_argument("--plan", action="store_true", help=argparse.SUPPRESS)
@@ -234,13 +249,19 @@ def main(argv=None):
         (given.get("preset", "toy"), n) for n in args.gpus]
     if any(preset not in PRESETS for preset, _ in chosen):
         raise UsageError(f"--preset {given['preset']} is unknown: choose from {', '.join(PRESETS)}")
+    notes = {}
     print(table([]))
     for preset, gpus in chosen:
         every = (0, 1, 2, 3) if preset == "toy" else (1, 2, 3)
         for stage in every if given.get("stage", -1) < 0 else [given["stage"]]:
             cfg = train.settle({"device": "cpu", "dtype": "bfloat16", **given, "preset": preset}, stage)
-            print(row(replace(cfg, device=given.get("device", "cuda")), gpus), flush=True)
+            cfg = replace(cfg, device=given.get("device", "cuda"))
+            print(row(cfg, gpus), flush=True)
+            if stage == 1:
+                notes[preset] = trajectories(cfg)
     print("\nGB (1e9 bytes) per device; `gathered` is FSDP's: weights that are whole while their block runs")
+    for preset, note in notes.items():
+        print(f"{preset}, stage 1, before the first step: {note}")
 
 
 if __name__ == "__main__":
