@@ -1128,6 +1128,14 @@ def test_planned_activations_are_those_of_a_run(stage, more):
     assert planned == pytest.approx(peak, rel=0.02) and flops > 0 and tokens == 7 * 16
 
 
+def test_deep_networks_are_rehearsed_at_two_depths(monkeypatch):
+    cfg = replace(small_settings(2, "--recompute", "--num-layers", "8"), critic_warmup=0)
+    whole = plan.rehearse(cfg, 1, {})
+    monkeypatch.setattr(plan, "DEPTHS", (3, 5))
+    peak, flops, _ = plan.rehearse(cfg, 1, {})
+    assert peak == pytest.approx(whole[0], rel=0.02) and flops == pytest.approx(whole[1], rel=1e-6)
+
+
 def test_plan_command(capfd):
     with pytest.raises(SystemExit) as stop:
         train.main(["--plan", "--gpus", "1", "2", "--stage", "2", *SMALL])

@@ -5,7 +5,7 @@
     python experiments/plan.py --table                                  the table of the README
 
 Weights, gradients, optimizer states, running average and frozen networks are counted from shapes, tensor by tensor, and cut
-as FSDP2 cuts them. Activations are not guessed by a formula: the very training step of train.py runs once on tensors
+as FSDP2 cuts them. Activations are not guessed by a formula: the very training step of train.py runs on tensors
 that have a shape and no memory, and the most bytes that were alive at once are its peak; its FLOPs are counted on the way.
 """
 import argparse
@@ -26,6 +26,9 @@ from data import explain
 from model import PRESETS, UsageError
 from parallel import Flops, blocks_of, shard
 
+
+
+DEPTHS = 6, 9  # blocks of the two rehearsals of a deeper network
 
 
 # ---------------------------------------------------------------- a step on tensors without memory
@@ -123,15 +126,22 @@ class Imagined(Rehearsal):
 
 
 def rehearse(cfg, gpus, known={}):
-    """(bytes of activations at the peak, FLOPs, tokens of a clip) of one pass of a training step with all terms; remembered."""
+    """(bytes of activations at the peak, FLOPs, tokens of a clip) of one pass of a training step with all terms; remembered.
+
+    Blocks are all alike, so a deep network is rehearsed at two small depths and the difference continued."""
     key = repr((replace(cfg, batch_size=cfg.micro_batch or cfg.batch_size), gpus > 1))
-    if key not in known:
+    if key not in known and cfg.num_layers <= DEPTHS[1]:
         known[key] = rehearsed(cfg, gpus)
+    elif key not in known:
+        taps = len(cfg.disc_layers)
+        one, two = (rehearsed(replace(cfg, num_layers=n, disc_layers=tuple(range(n - taps, n))), gpus) for n in DEPTHS)
+        more = (cfg.num_layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+        known[key] = *(round(a + more * (b - a)) for a, b in zip(one[:2], two[:2])), one[2]
     return known[key]
 
 
 def rehearsed(cfg, gpus):
-    """rehearse(), anew."""
+    """rehearse() at the depth that the network has."""
     once = replace(cfg, critic_warmup=0, batch_size=cfg.micro_batch or cfg.batch_size, critic_updates=1, disc_updates=1)
     run = Imagined(once, gpus)
     with run.alive:
