@@ -1270,12 +1270,14 @@ def shortened(line, folder, wan):
     command = shlex.split(line)
     script = next((word for word in command if word.endswith(".py")), "")
     scores = ["--eval-clips", "0", "--samples", "0"] if "--tag" in command else ["--eval-clips", "2", "--samples", "2"]
-    more = {"train.py": [*SMALL, "--iters", "2", *scores], "experiments/evaluate.py": ["--clips", "2"], "experiments/plan.py": WAN[2:],
+    more = {"train.py": [*SMALL, "--iters", "2", *scores], "experiments/evaluate.py": ["--clips", "2"],
             "experiments/figures.py": ["--assets", str(folder / "pictures")],
             "experiments/ablations.py": ["--print", "--out", str(folder / "table")]}.get(script, [])
     if "wan-1.3b" in command or "wan-14b" in command:
         more = WAN[2:]
-    elif script == "sample.py" and "--vae" in command:
+    if "--plan" in command or "--table" in command:
+        more = [*WAN[2:], "--batch-size", "64"]  # of 64 devices
+    if script == "sample.py" and "--vae" in command:
         more = ["--size", "32x48"]
     elif "encode" in command and "--videos" in command:
         more = ["--size", "32x48", "--frames", "9", "--fps", "0"]
