@@ -93,7 +93,7 @@ def measured_step(cfg):
     on top of weights and optimizer states, on a GPU the whole."""
     gc.collect()  # checkpointed blocks are cycles, and would still be there
     run = Rehearsal(replace(cfg, critic_warmup=0))
-    train.STEPS[cfg.stage](run)  # optimizer states are made in the first
+    train.STEPS[cfg.stage](run)  # the first warms the kernels up
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         began = now(run.device)

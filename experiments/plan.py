@@ -64,11 +64,10 @@ class Alive(Flops):
         self.now -= count[0]
         count[0] = 0
 
-    def leave_out(self, tensors):
-        """These are counted elsewhere."""
-        for x in tensors:
-            if count := self.storages.get(x.untyped_storage()):
-                self.forget(count)
+    def leave_out(self, x):
+        """A tensor that is counted elsewhere."""
+        if count := self.storages.get(x.untyped_storage()):
+            self.forget(count)
 
 
 class Rehearsal(train.Run):
@@ -116,13 +115,12 @@ class Imagined(Rehearsal):
 
     def keep(self, name, module, groups=()):
         super().keep(name, module, groups)
-        for p in module.parameters():  # these, their gradients and what optimizers keep of them are counted from shapes, below
-            self.alive.storages[p.untyped_storage()] = [0]
+        kept = [x for o in self.opts[name] for state in o.state.values() for x in state.values()]
+        for x in (*module.parameters(), *kept):  # these and the gradients are counted from shapes, below
+            self.alive.storages[x.untyped_storage()] = [0]
+        for p in module.parameters():
             if p.requires_grad:
-                p.register_post_accumulate_grad_hook(lambda p: self.alive.leave_out([p.grad]))
-        for o in self.opts[name]:
-            o.register_step_post_hook(lambda o, *_: self.alive.leave_out(
-                [x for state in o.state.values() for x in state.values() if isinstance(x, torch.Tensor)]))
+                p.register_post_accumulate_grad_hook(lambda p: self.alive.leave_out(p.grad))
 
 
 def rehearse(cfg, gpus, known={}):
