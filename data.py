@@ -452,7 +452,8 @@ class VideoWriter:
         if self.path.suffix.lower() not in (".mp4", ".gif"):
             raise UsageError(f"{path}: write to a name that ends in .mp4 or .gif")
         gif = self.path.suffix.lower() == ".gif"
-        self.options = dict(duration=1000 / fps, loop=0) if gif else dict(fps=fps, macro_block_size=1, quality=8)
+        self.options = dict(duration=1000 / fps, loop=0) if gif else dict(
+            fps=fps, macro_block_size=1, quality=8, output_params=["-preset", "veryfast"])  # it has to keep up with the stream
 
     def __enter__(self):
         self.stack = contextlib.ExitStack()
@@ -463,10 +464,15 @@ class VideoWriter:
     def write(self, frames):
         """frames (f, 3, H, W) in [-1, 1]"""
         for frame in to_uint8(frames):
-            self.writer.append_data(np.kron(frame, np.ones((self.zoom, self.zoom, 1), np.uint8)))
+            self.writer.append_data(enlarged(frame, self.zoom))
 
     def __exit__(self, *failure):
         return self.stack.__exit__(*failure)
+
+
+def enlarged(picture, zoom):
+    """(H, W, 3) with every pixel a square of `zoom` x `zoom`."""
+    return picture.repeat(zoom, 0).repeat(zoom, 1)
 
 
 def to_uint8(frames):
@@ -478,7 +484,7 @@ def write_sheet(path, video, zoom=2):
     """Contact sheet, a row per video of `video` (b, f, 3, H, W), a column per frame."""
     sheet = rearrange(to_uint8(video), "b f h w c -> (b h) (f w) c")
     with written_whole(path) as temporary:
-        iio.imwrite(temporary, np.kron(sheet, np.ones((zoom, zoom, 1), np.uint8)))
+        iio.imwrite(temporary, enlarged(sheet, zoom))
 
 
 def write_gif_grid(path, video, columns=4, zoom=3, fps=8):

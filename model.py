@@ -126,7 +126,7 @@ def attention(q, k, v):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if half and q.device.type == "cpu" and q.shape[2] * k.shape[2] <= 2 ** 20:
         # SDPA's CPU kernel takes 3 times as long in bfloat16 at toy size, forward and backward (torch 2.13)
-        return (torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1) @ v).transpose(1, 2)
+        return (torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), -1) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
@@ -144,7 +144,8 @@ def framewise_attention(q, k, v, groups):
 
 @functools.lru_cache(maxsize=16)
 def rope_table(positions, h, w, head_dim, device):
-    """cos and sin of the 3-D rotary angles: (f, h*w, 1, head_dim/2), computed in float64, returned in float32.
+    """cos and sin of the 3-D rotary angles, as rotate() takes them: (f, h*w, 1, head_dim), computed in float64, returned
+    in float32. Both have every angle twice, the first sine of a pair negative.
 
     `positions` is a tuple of frame positions. The head is split time | height | width, each part with its own
     frequencies 10000^(-2j/part)."""
@@ -158,14 +159,16 @@ def rope_table(positions, h, w, head_dim, device):
     f = len(positions)
     table = torch.cat([repeat(time, "f d -> f (h w) d", h=h, w=w), repeat(row, "h d -> f (h w) d", f=f, w=w),
                        repeat(col, "w d -> f (h w) d", f=f, h=h)], -1)[:, :, None]
-    return table.cos().float().to(device), table.sin().float().to(device)
+    cos, sin = (torch.stack(pair, -1).flatten(-2).float().to(device) for pair in ((table.cos(), table.cos()), (-table.sin(), table.sin())))
+    return cos, sin
 
 
 def rotate(x, rope):
-    """Rotary embedding of x (b, f, n, heads, d): adjacent pairs (2i, 2i+1) turn by the angle of their position."""
+    """Rotary embedding of x (b, f, n, heads, d): adjacent pairs turn by the angle of their position,
+    (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin), in float32."""
     cos, sin = rope
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x * cos + swapped * sin).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -188,6 +191,8 @@ class SelfAttention(nn.Module):
         `views` is a list of (query frames, key frames, rope table of the queries, of the keys, groups from visibility()),
         as a rule a single one; `past` = (k, v) of earlier frames, which come before x among the keys."""
         split = lambda y: rearrange(y, "b f n (h d) -> b f n h d", h=self.heads)
+        if torch.is_autocast_enabled(x.device.type):  # one cast, kept once for the backward pass, instead of one for each of q, k and v
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         v = split(self.v(x))
         q, k = split(self.normed(x, "q")).to(v.dtype), split(self.normed(x, "k")).to(v.dtype)
         keys, values = (k, v) if past is None else (torch.cat([past[0], k], 1), torch.cat([past[1], v], 1))
@@ -221,11 +226,13 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU("tanh"), nn.Linear(cfg.ffn_dim, cfg.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim ** 0.5)
 
-    def forward(self, x, e, text, views, past=None):
+    def forward(self, x, e, text, views, past=None, done=0):
         """x (b, f, n, dim), e (b, f, 6, dim) -> x, (k, v). A pure function: what to remember is returned, so that
-        activation checkpointing may run it twice."""
+        activation checkpointing may run it twice. The first `done` frames, which `views` then leaves out, only leave
+        their keys and values: x comes back without them."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e)[:, :, :, None].unbind(2)
         y, kv = self.self_attn(self.norm1(x) * (1 + scale1) + shift1, views, past)
+        x, gate1, shift2, scale2, gate2 = (z[:, done:] for z in (x, gate1, shift2, scale2, gate2))
         x = x + gate1 * y
         x = x + self.cross_attn(self.norm3(x), text)
         x = x + gate2 * self.ffn(self.norm2(x) * (1 + scale2) + shift2)
@@ -288,14 +295,15 @@ class DiT(nn.Module):
         return self
 
     def forward(self, x, t, text, *, mask=None, positions=None, cache=None, closing=0, taps=None):
-        """x (b, f, c, h, w), t (b, f) in [0, 1], text (b, l, text_dim) -> flow (b, f, c, h, w).
+        """x (b, f, c, h, w), t (b, f) in [0, 1], text (b, l, text_dim) -> flow (b, f - closing, c, h, w).
 
         mask       (f, f) bool of frames, [query, key]; None: everything is seen
         positions  f frame positions for RoPE; default 0 .. f-1
         cache      KVCache: x is the chunk that follows it, is given the positions that follow, and is remembered
                    there as the present chunk
         closing    with a cache: so many frames at the front of x are the finished chunk before, whose own context pass
-                   (t = 0) rides along; they see what that pass would see, the rest sees what it would see after it
+                   (t = 0) rides along; they see what that pass would see, the rest sees what it would see after it.
+                   Only their keys and values are wanted, so the last block leaves the rest of them out, as does the flow
         taps       indices of blocks whose hidden states are returned as well
         Raises ValueError for sides that do not divide into patches and for too long a text."""
         p, (_, f, _, h, w) = self.cfg.patch, x.shape
@@ -318,14 +326,15 @@ class DiT(nn.Module):
 
         hidden, present = [], []
         for i, block in enumerate(self.blocks):
-            x, kv = block(x, e6, text, views, past[i] if past else None)
+            done = closing if i + 1 == len(self.blocks) else 0
+            x, kv = block(x, e6, text, views[1:] if done else views, past[i] if past else None, done)
             if cache is not None:  # else nothing is remembered, and kept for nothing
                 present.append(kv)
             if taps and i in taps:
                 hidden.append(x)
         if cache is not None:
             cache.present = [(k.detach(), v.detach()) for k, v in present] if cache.detach else present
-        flow = rearrange(self.head(x, e), "b f (h w) (p q c) -> b f c (h p) (w q)", h=h // p, p=p, q=p)
+        flow = rearrange(self.head(x, e[:, closing:]), "b f (h w) (p q c) -> b f c (h p) (w q)", h=h // p, p=p, q=p)
         return (flow, hidden) if taps else flow
 
 
@@ -339,6 +348,7 @@ class PreconditionedDiT(DiT):
         power = (1 - s) ** 2 + s ** 2  # the variance of x_t
         out = super().forward(x / power.sqrt(), t, text, **options)
         flow, hidden = out if options.get("taps") else (out, None)
+        x, s, power = (z[:, -flow.shape[1]:] for z in (x, s, power))  # those that close a chunk have no flow
         flow = (2 * s - 1) / power * x + flow.float() / power.sqrt()
         return flow if hidden is None else (flow, hidden)
 

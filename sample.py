@@ -22,6 +22,7 @@ from data import (CaptionEncoder, PatchCodec, VideoWriter, WanCodec, WordEncoder
                   sides)
 from losses import add_noise, guide, shift_time, x0_from_flow
 from model import PRESETS, Config, KVCache, UsageError, build, load_into, open_weights
+from parallel import now
 
 
 def schedule(steps, shift):
@@ -104,9 +105,9 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
                 model(*before, text, cache=cache)
                 cache.commit()
             return model(x, t, text, cache=cache)
-        both = model(torch.cat([before[0], x], 1), torch.cat([before[1], t], 1), text, cache=cache, closing=n)
+        v = model(torch.cat([before[0], x], 1), torch.cat([before[1], t], 1), text, cache=cache, closing=n)
         cache.commit(n)
-        return both[:, n:]
+        return v
 
     written, plan = first.shape[1], list(steps) if isinstance(steps, (list, tuple)) else [steps]
     if written:
@@ -221,13 +222,16 @@ def stream(net, codec, settings, first, text, randn, frames, steps):
 def inputs(args, codec, settings):
     """What the command line asks for: (codec, first latent frames, embedded text, caption)."""
     if codec is None:
-        if not (args.vae and args.text_encoder and args.image):
-            raise UsageError("this network was trained on latents: name --vae, --text-encoder and --image as well")
+        if not (args.vae and args.text_encoder and (args.image or args.prompt)):
+            raise UsageError("this network was trained on latents: name --vae, --text-encoder, and --image or --prompt as well")
         codec, words = WanCodec(args.vae, args.device), CaptionEncoder(args.text_encoder, settings["text_len"], args.device)
-        pixels, caption = read_image(args.image, sides(args.size or "480x832")), args.prompt or ""
-        return codec, codec.encode(pixels), words.encode(caption)[None], caption
+        size, caption = sides(args.size or "480x832"), args.prompt or ""
+        nothing = torch.empty(1, 0, settings["in_dim"], size[0] // 8, size[1] // 8)  # text alone: no chunk is given
+        return codec, codec.encode(read_image(args.image, size)) if args.image else nothing, words.encode(caption)[None], caption
     if args.vae or args.text_encoder or args.size:
         raise UsageError(f"{settings['where']} brings its own codec and words: leave out --vae, --text-encoder and --size")
+    if not (args.image or args.from_data):
+        raise UsageError(f"{settings['where']} animates an image: name one with --image, or take a held-out clip's with --from-data")
     if args.image:
         pixels, caption = read_image(args.image, settings["size"]), ""
     else:
@@ -246,13 +250,16 @@ def main(argv=None):
     parser.add_argument("--vae", help="folder of Wan's VAE, for networks that were trained on latents")
     parser.add_argument("--text-encoder", help="folder of Wan's text encoder and tokenizer, for those")
     parser.add_argument("--size", help="height x width in pixels, for those; default: 480x832")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--image", help="picture to animate; its centre square is used")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--image", help="picture to animate, cut to shape around its centre; networks on latents also do without, from the prompt alone")
     source.add_argument("--from-data", action="store_true", help="first frame and caption of a clip that was not trained on")
     parser.add_argument("--prompt", help="what shall happen; default: the caption of the clip, or nothing")
     parser.add_argument("--frames", type=int, default=0, help="frames to write, any number; default: as trained")
     parser.add_argument("--steps", type=int, nargs="+", help="network passes per chunk; several: one for each chunk, the last "
                                                              "for all that follow (4 1 is First-Frame Enhancement)")
+    for name, text in (("chunk", "latent frames written together"), ("sink", "earliest latent frames that stay in the cache"),
+                       ("window", "latest latent frames that stay in the cache")):
+        parser.add_argument(f"--{name}", type=int, help=f"{text}; default: as trained, of official weights as the preset says")
     parser.add_argument("--context-level", type=float, help="noise level at which a finished chunk enters the cache; below 0: it stays "
                                                             "there as its last pass left it, which saves a pass; default: as trained")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, and of the choice of the clip")
@@ -273,6 +280,11 @@ def main(argv=None):
         raise UsageError(f"{settings['where']} says its own shape: leave out --preset")
     if args.context_level is not None:
         settings["context_level"] = args.context_level
+    for name, least in (("chunk", 1), ("sink", 0), ("window", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UsageError(f"--{name} {value} is too small: use {least} or more")
+        setattr(net.cfg, name, getattr(net.cfg, name) if value is None else value)
     codec, first, text, caption = inputs(args, codec, settings)
     first, text = first.to(args.device)[:, :settings["first"]], text.to(args.device)
     noise = torch.Generator().manual_seed(args.seed)
@@ -280,17 +292,19 @@ def main(argv=None):
     frames = args.frames or 1 + codec.ratio * (settings["frames"] - 1)
     zoom = args.zoom or (1 if codec.ratio > 1 else max(1, 256 // settings["size"]))
 
-    began, chunks, written = time.perf_counter(), [], 0
+    began, writing, written, chunks = time.perf_counter(), 0.0, 0, []
     half = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
     with torch.no_grad(), half, VideoWriter(args.out, args.fps or (16 if codec.ratio > 1 else 8), zoom) as writer:
         for part in tqdm(stream(net, codec, settings, first, text, randn, frames, args.steps), unit="chunk"):
-            writer.write(part)  # waits for the device
-            chunks.append((time.perf_counter() - began, len(part)))
-            written += len(part)
-    start = min(1 if settings["first"] else 0, len(chunks) - 1)
-    rate = sum(n for _, n in chunks[start + 1:]) / max(1e-9, chunks[-1][0] - chunks[start][0])
-    print(f"{args.out}: {written} frames of \"{caption}\"; first chunk after {chunks[start][0]:.3f} s"
-          + (f", then {rate:.1f} frames a second" if len(chunks) > start + 1 else ""))
+            drawn = now(first.device)
+            writer.write(part)
+            ended, written = time.perf_counter(), written + len(part)
+            writing += ended - drawn
+            chunks.append((ended - began, ended - began - writing, written))
+    (whole, alone, start), (whole_end, alone_end, _) = chunks[min(first.shape[1], 1, len(chunks) - 1)], chunks[-1]
+    print(f"{args.out}: {written} frames of \"{caption}\"; first chunk after {whole:.3f} s"
+          + (f", then {(written - start) / (whole_end - whole):.1f} frames a second, without writing the file "
+             f"{(written - start) / (alone_end - alone):.1f}" if written > start else ""))
 
 
 if __name__ == "__main__":
