@@ -213,6 +213,14 @@ class CrossAttention(SelfAttention):
         return self.o(rearrange(y, "b (f n) h d -> b f n (h d)", n=x.shape[2]))
 
 
+class GELU(nn.Module):
+    """The tanh approximation, as in Wan. In bfloat16 on a CPU the exact function: 3 times as fast there (torch 2.13), and
+    apart from the other by less than that precision shows."""
+
+    def forward(self, x):
+        return F.gelu(x, approximate="none" if x.dtype == torch.bfloat16 and x.device.type == "cpu" else "tanh")
+
+
 class Block(nn.Module):
     """Self-attention and feed-forward, both modulated by time; cross-attention to the text, not modulated."""
 
@@ -223,7 +231,7 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(cfg.dim, cfg.eps)
         self.cross_attn = CrossAttention(cfg)
         self.norm2 = nn.LayerNorm(cfg.dim, cfg.eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU("tanh"), nn.Linear(cfg.ffn_dim, cfg.dim))
+        self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), GELU(), nn.Linear(cfg.ffn_dim, cfg.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim ** 0.5)
 
     def forward(self, x, e, text, views, past=None, done=0):
@@ -234,7 +242,7 @@ class Block(nn.Module):
         y, kv = self.self_attn(self.norm1(x) * (1 + scale1) + shift1, views, past)
         x, gate1, shift2, scale2, gate2 = (z[:, done:] for z in (x, gate1, shift2, scale2, gate2))
         x = x + gate1 * y
-        x = x + self.cross_attn(self.norm3(x), text)
+        x = x + self.cross_attn(self.norm3(x.to(self.norm3.weight.dtype)), text)  # which FSDP may have gathered in bfloat16
         x = x + gate2 * self.ffn(self.norm2(x) * (1 + scale2) + shift2)
         return x, kv
 

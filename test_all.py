@@ -203,6 +203,9 @@ def test_attention_backends_agree():
     full = M.attention(q, k, v)
     half = M.attention(q.bfloat16(), k.bfloat16(), v.bfloat16())  # the explicit product on CPU
     assert relative(half, full) < 1e-2
+    x = torch.linspace(-6, 6, 2001)
+    tanh, ours = F.gelu(x, approximate="tanh"), M.GELU()(x.bfloat16()).float()
+    assert torch.equal(M.GELU()(x), tanh) and (ours - tanh).abs().max() <= (F.gelu(x.bfloat16(), approximate="tanh").float() - tanh).abs().max() * 1.1
     frames = lambda x: x.unflatten(1, (6, 4))
     mask = M.block_causal_mask(6, 0, 2)
     dense = torch.nn.functional.scaled_dot_product_attention(
@@ -863,6 +866,18 @@ def test_several_processes_are_one(small_run, tmp_path, stage, processes, more):
     for a, b in zip(logs(tmp_path / "a" / f"stage{stage}"), logs(tmp_path / "b" / f"stage{stage}")):
         for name in {"loss", "fake_loss", "d_real", "d_fake"} & a.keys():
             assert a[name] == pytest.approx(b[name], abs=1e-5)
+
+
+@pytest.mark.parametrize("stage, more", [(0, "--muon-lr 0.02"), (3, "--recompute"), (3, "--context-parallel 2")])
+def test_several_processes_in_half_precision(small_run, tmp_path, stage, more):
+    """Gathered in bfloat16, under autocast, with what the recipes use: the same losses up to that precision."""
+    command = ["--stage", str(stage), "--init", str(small_run / f"stage{max(0, stage - 1)}"), "--teacher", str(small_run / "stage0"),
+               "--iters", "3", *SMALL, "--dtype", "bfloat16"]
+    train.main(["--out", str(tmp_path / "a"), *command])
+    shell("torchrun", "--nproc_per_node", "2", "--master_port", "29512", "train.py", "--out", str(tmp_path / "b"), *command, *more.split())
+    for a, b in zip(logs(tmp_path / "a" / f"stage{stage}"), logs(tmp_path / "b" / f"stage{stage}")):
+        for name in {"loss", "fake_loss", "dmd", "distance", "motion"} & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=0.02)
 
 
 WAN = ("--preset wan-1.3b --dim 32 --ffn-dim 64 --num-heads 2 --num-layers 2 --disc-layers 0 1 --in-dim 4 --out-dim 4 --text-dim 8 "

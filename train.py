@@ -433,7 +433,7 @@ def dmd_gradient(run, x, batch, draws):
         whole_clip = torch.cat([x[:, :k], clip], 1)
         loss = loss + cfg.dmd_flow * L.dmd_loss(L.change(whole_clip), L.dmd_gradient(*map(L.change, (x, x0_real, x0_fake))))
     grad, = torch.autograd.grad(loss, clip)
-    return grad, {"dmd": grad.flatten(1).norm(dim=1).mean(), "distance": (x - x0_real)[:, k:].abs().mean()}
+    return grad, {"dmd": len(x) * grad.flatten(1).norm(dim=1).mean(), "distance": (x - x0_real)[:, k:].abs().mean()}
 
 
 def judged_level(cfg, draws, x):
@@ -456,7 +456,7 @@ def gan_gradient(run, x, batch, draws):
     with torch.no_grad():
         real = judge(run, batch.x0, batch, t, eps)  # same noise, same level, same image: a pair
     grad, = torch.autograd.grad(L.GAN_LOSSES[cfg.gan_loss][1](real, fake), clip)
-    return grad, {"gan": grad.flatten(1).norm(dim=1).mean()}
+    return grad, {"gan": len(x) * grad.flatten(1).norm(dim=1).mean()}
 
 
 def fake_score_step(run, clips, update):
@@ -486,8 +486,9 @@ def disc_step(run, clips, update):
         if regular:
             for clip, logits in ((batch.x0, real), (x, fake)):
                 delta = cfg.r_sigma * draws.randn(*x.shape[1:]) * (t > 0)[:, :, None, None, None]  # the image is given
-                loss = loss + cfg.r_weight * L.approximate_r(
-                    lambda x_t: run.nets["disc"](x_t, t, batch.text), L.add_noise(clip, eps, t), logits, delta)
+                with run.autocast():
+                    loss = loss + cfg.r_weight * L.approximate_r(
+                        lambda x_t: run.nets["disc"](x_t, t, batch.text), L.add_noise(clip, eps, t), logits, delta)
         run.share(loss, batch).backward()
         run.add_up(log, {"d_real": real.mean(), "d_fake": fake.mean(), "d_pairs": (real > fake).float().mean()}, batch)
     run.update("disc")
