@@ -14,6 +14,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from imageio_ffmpeg import write_frames
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -203,7 +205,7 @@ class VideoFolder:
             self.clips.append(video)
             sidecar = path.with_suffix(".txt")
             self.names.append(path.name)
-            self.texts.append(sidecar.read_text().strip() if sidecar.is_file() else "")
+            self.texts.append(read_text(sidecar).strip() if sidecar.is_file() else "")
         starts = torch.tensor([len(v) - frames + 1 for v in self.clips], dtype=torch.float64)
         self.weights = (starts / starts.sum()).tolist()
 
@@ -264,7 +266,11 @@ class LatentFolder:
     def batch(self, indices):
         clips = [self._read(self.paths[np.random.default_rng(int(i)).integers(len(self.paths))]) for i in indices]
         batch = {"embeddings": padded([clip["text"].float() for clip in clips])}
-        return batch if self.only_text else {**batch, "latents": torch.stack([c["latents"][:self.frames].float() for c in clips])}
+        if self.only_text:
+            return batch
+        if len({clip["latents"].shape[1:] for clip in clips}) > 1:
+            raise UsageError(f"the clips beside {self.paths[0]} are of different shapes: encode them with one --size into a folder of their own")
+        return {**batch, "latents": torch.stack([clip["latents"][:self.frames].float() for clip in clips])}
 
     def _read(self, path):
         clip = read_tensors(path)
@@ -296,10 +302,10 @@ class WordEncoder:
     """A fixed, training-free text encoder: every word has its own random vector, derived from its letters.
 
     Stands in for Wan's UMT5 encoder with the same output, (b, l, d) zero-padded embeddings. Words beyond `length` are cut;
-    an empty caption is all zeros, which is also what classifier-free guidance calls "no text"."""
+    an empty caption is all zeros, which is also what classifier-free guidance calls "no text". What is cut is said once."""
 
     def __init__(self, length, dim):
-        self.length, self.dim, self.known = length, dim, {}
+        self.length, self.dim, self.known, self.said = length, dim, {}, False
 
     def _word(self, word):
         if word not in self.known:
@@ -310,7 +316,12 @@ class WordEncoder:
     def encode(self, captions):
         out = torch.zeros(len(captions), self.length, self.dim)
         for row, caption in zip(out, captions):
-            for slot, word in zip(row, caption.lower().split()):
+            words = caption.lower().split()
+            if len(words) > self.length and not self.said:
+                self.said = True
+                print(f"of \"{caption[:80]}\" only the first {self.length} of {len(words)} words are used: --text-len {len(words)} in all "
+                      "stages takes them all", file=sys.stderr)
+            for slot, word in zip(row, words):
                 slot.copy_(self._word(word))
         return out
 
@@ -359,6 +370,8 @@ class PatchCodec:
     @classmethod
     def load(cls, path):
         tensors = read_tensors(path)
+        if tensors.keys() != {"patch", "mean", "basis", "scale"}:
+            raise UsageError(f"{path} holds no codec: train the stage again, or copy the file from another stage of the run")
         return cls(int(tensors["patch"]), tensors["mean"], tensors["basis"], tensors["scale"])
 
 
@@ -368,6 +381,22 @@ def save_tensors(path, tensors):
     """A dict of tensors as one safetensors file, whole or not at all."""
     with written_whole(path) as temporary:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
+
+
+def read_text(path):
+    """A text file; UsageError where it is missing or not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as text ({_first_line(error)}): save it as UTF-8, or make it again") from None
+
+
+def read_json(path):
+    """A JSON file; UsageError where it is missing or damaged."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path} is damaged ({error}): remove it, and give the command that made it again") from None
 
 
 def read_tensors(path):
@@ -381,8 +410,9 @@ def read_tensors(path):
 
 
 def image_files(folder):
-    """The images of a folder in the order of their names."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
+    """The images of a folder in the order of their names, numbers in them by value: 2.png before 10.png."""
+    order = lambda p: [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", p.name)]
+    return sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS), key=order)
 
 
 def fit_frame(frame, size):
@@ -443,28 +473,33 @@ def read_video(path, size, fps=0.0):
 
 
 class VideoWriter:
-    """Frames to an mp4 or gif, written as they come, so that memory stays constant; the name appears once all is there.
+    """Frames to an mp4 or gif by ffmpeg, written as they come, so that memory stays constant; the name appears once all is there.
 
-    Small frames are enlarged by `zoom` (whole pixels) to be visible."""
+    Small frames are enlarged by `zoom` (whole pixels) to be visible. Every frame of a gif has a palette of its own."""
+    OPTIONS = {".mp4": dict(codec="libx264", quality=8, output_params=["-preset", "veryfast"]),  # it has to keep up with the stream
+               ".gif": dict(codec="gif", quality=None, pix_fmt_out="pal8", output_params=[
+                   "-filter_complex", "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none", "-loop", "0"])}
 
     def __init__(self, path, fps=8, zoom=1):
-        self.path, self.zoom = Path(path), zoom
-        if self.path.suffix.lower() not in (".mp4", ".gif"):
+        self.path, self.fps, self.zoom, self.writer = Path(path), fps, zoom, None
+        if self.path.suffix.lower() not in self.OPTIONS:
             raise UsageError(f"{path}: write to a name that ends in .mp4 or .gif")
-        gif = self.path.suffix.lower() == ".gif"
-        self.options = dict(duration=1000 / fps, loop=0) if gif else dict(
-            fps=fps, macro_block_size=1, quality=8, output_params=["-preset", "veryfast"])  # it has to keep up with the stream
 
     def __enter__(self):
         self.stack = contextlib.ExitStack()
-        temporary = self.stack.enter_context(written_whole(self.path))
-        self.writer = self.stack.enter_context(iio.get_writer(temporary, **self.options))
+        self.temporary = self.stack.enter_context(written_whole(self.path))
         return self
 
     def write(self, frames):
         """frames (f, 3, H, W) in [-1, 1]"""
         for frame in to_uint8(frames):
-            self.writer.append_data(enlarged(frame, self.zoom))
+            frame = np.ascontiguousarray(enlarged(frame, self.zoom))
+            if self.writer is None:
+                self.writer = write_frames(str(self.temporary), frame.shape[1::-1], fps=self.fps, macro_block_size=1,
+                                           ffmpeg_log_level="error", **self.OPTIONS[self.path.suffix.lower()])
+                self.stack.callback(self.writer.close)  # waits for ffmpeg
+                self.writer.send(None)
+            self.writer.send(frame)
 
     def __exit__(self, *failure):
         return self.stack.__exit__(*failure)
@@ -582,13 +617,13 @@ def captions_in(folder):
     .txt files beside the videos, the later ones winning."""
     folder, found = Path(folder), {}
     for path in (folder / "captions.csv", folder / "captions.jsonl"):
-        lines = path.read_text().splitlines() if path.is_file() else []
+        lines = read_text(path).splitlines() if path.is_file() else []
         try:
             rows = csv.DictReader(lines) if path.suffix == ".csv" else [json.loads(line) for line in lines if line.strip()]
             found |= {row["file"]: row["caption"] for row in rows}
         except (KeyError, TypeError, ValueError):
             raise UsageError(f"{path} needs a file and a caption in every row, as columns of a csv or keys of json lines") from None
-    return found | {p.name: p.with_suffix(".txt").read_text().strip() for p in folder.iterdir() if p.with_suffix(".txt").is_file()}
+    return found | {p.name: read_text(p.with_suffix(".txt")).strip() for p in folder.iterdir() if p.with_suffix(".txt").is_file()}
 
 
 def cut(frames, length):

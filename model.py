@@ -159,8 +159,8 @@ def rope_table(positions, h, w, head_dim, device):
     f = len(positions)
     table = torch.cat([repeat(time, "f d -> f (h w) d", h=h, w=w), repeat(row, "h d -> f (h w) d", f=f, w=w),
                        repeat(col, "w d -> f (h w) d", f=f, h=h)], -1)[:, :, None]
-    cos, sin = (torch.stack(pair, -1).flatten(-2).float().to(device) for pair in ((table.cos(), table.cos()), (-table.sin(), table.sin())))
-    return cos, sin
+    pairs = lambda a, b: torch.stack([a, b], -1).flatten(-2).float().to(device)
+    return pairs(table.cos(), table.cos()), pairs(-table.sin(), table.sin())
 
 
 def rotate(x, rope):
@@ -214,8 +214,8 @@ class CrossAttention(SelfAttention):
 
 
 class GELU(nn.Module):
-    """The tanh approximation, as in Wan. In bfloat16 on a CPU the exact function: 3 times as fast there (torch 2.13), and
-    apart from the other by less than that precision shows."""
+    """The tanh approximation, as in Wan. In bfloat16 on a CPU the exact function: 3 times as fast there (torch 2.13), and at
+    most 0.0005 apart from the other, a sixteenth of what bfloat16 tells apart around 1."""
 
     def forward(self, x):
         return F.gelu(x, approximate="none" if x.dtype == torch.bfloat16 and x.device.type == "cpu" else "tanh")

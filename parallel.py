@@ -11,6 +11,7 @@ import functools
 import gc
 import os
 import time
+import warnings
 from datetime import timedelta
 
 import torch
@@ -22,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from model import UsageError
+
+warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # keys and values leave a block as views, and nothing changes them in place
 
 
 def world():

@@ -8,7 +8,6 @@ rollout() is the one function that writes videos chunk by chunk. Training (stage
 which is what closes the train-test gap (Self Forcing, 2506.08009).
 """
 import argparse
-import json
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (CaptionEncoder, PatchCodec, VideoWriter, WanCodec, WordEncoder, dataset, explain, held_out, read_image,
-                  sides)
+                  read_json, sides)
 from losses import add_noise, guide, shift_time, x0_from_flow
 from model import PRESETS, Config, KVCache, UsageError, build, load_into, open_weights
 from parallel import now
@@ -152,11 +151,10 @@ def read_settings(folder):
     or folder of official weights. UsageError where it is missing or damaged."""
     folder, config = Path(folder), Path(folder) / "config.json"
     official = folder.is_file() or any(p.suffix in (".safetensors", ".pt") for p in folder.glob("*"))
-    try:
-        settings = json.loads(config.read_text()) if config.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{config} is damaged ({error}): train the stage again") from None
+    settings = read_json(config) if config.is_file() else {}
     if "stage" in settings:
+        if missing := [f.name for f in fields(Config) if f.name not in settings]:
+            raise UsageError(f"{config} does not say {', '.join(missing)}: train the stage again")
         return {"context_level": 0.0, **settings, "where": str(folder)}  # of runs older than that field
     if not official:
         raise UsageError(f"{folder} holds no finished stage and no weights: train it first (python train.py --stage N), "
@@ -228,12 +226,17 @@ def inputs(args, codec, settings):
         size, caption = sides(args.size or "480x832"), args.prompt or ""
         nothing = torch.empty(1, 0, settings["in_dim"], size[0] // 8, size[1] // 8)  # text alone: no chunk is given
         return codec, codec.encode(read_image(args.image, size)) if args.image else nothing, words.encode(caption)[None], caption
+    alone = settings["first"] == 0  # a network that was trained without an image
     if args.vae or args.text_encoder or args.size:
         raise UsageError(f"{settings['where']} brings its own codec and words: leave out --vae, --text-encoder and --size")
-    if not (args.image or args.from_data):
+    if alone and args.image:
+        raise UsageError(f"{settings['where']} was trained without an image (--first 0): leave out --image and give it a --prompt")
+    if not (args.image or args.from_data or alone and args.prompt):
         raise UsageError(f"{settings['where']} animates an image: name one with --image, or take a held-out clip's with --from-data")
     if args.image:
         pixels, caption = read_image(args.image, settings["size"]), ""
+    elif not args.from_data:
+        pixels, caption = torch.zeros(1, 1, 3, settings["size"], settings["size"]), ""  # for its shape
     else:
         clip = dataset(SimpleNamespace(**settings)).batch([held_out(1, args.seed)[0]])
         pixels, caption = clip["video"][:, :1], clip["text"][0]
@@ -241,8 +244,8 @@ def inputs(args, codec, settings):
     return codec, codec.encode(pixels), WordEncoder(settings["text_len"], settings["text_dim"]).encode([caption]), caption
 
 
-def main(argv=None):
-    """The command line: one clip to one file. UsageError for what the user can mend."""
+def arguments(argv):
+    """The command line, checked as far as it can be without the weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message}; sample.py --help lists every flag\n")
     parser.add_argument("--weights", help="folder of a stage, or a student's official weights; default: the stage finished last under out/")
@@ -270,21 +273,29 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.frames < 0 or args.steps and min(args.steps) < 1:
         raise UsageError("--frames and --steps must be positive")
-    if args.fps < 0 or args.zoom < 0 or (args.context_level or 0) > 1:
-        raise UsageError("--fps and --zoom must be positive, --context-level at most 1")
+    if not 0 <= args.fps <= 1000 or args.zoom < 0 or not (args.context_level or 0) <= 1:
+        raise UsageError("--fps and --zoom must be positive, --fps at most 1000, --context-level at most 1")
+    if not 0 <= args.seed < 9000:
+        raise UsageError(f"--seed {args.seed} is not one of 0 to 8999, for which there are held-out clips")
+    for name, least in (("chunk", 1), ("sink", 0), ("window", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise UsageError(f"--{name} {getattr(args, name)} is too small: use {least} or more")
     check_device(args.device)
+    return args
 
+
+def main(argv=None):
+    """The command: one clip to one file. UsageError for what the user can mend."""
+    args = arguments(argv)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     net, codec, settings = load_stage(args.weights or newest_stage(), preset=args.preset, device=args.device, dtype=dtype)
     if args.preset and settings.get("where"):
         raise UsageError(f"{settings['where']} says its own shape: leave out --preset")
     if args.context_level is not None:
         settings["context_level"] = args.context_level
-    for name, least in (("chunk", 1), ("sink", 0), ("window", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UsageError(f"--{name} {value} is too small: use {least} or more")
-        setattr(net.cfg, name, getattr(net.cfg, name) if value is None else value)
+    for name in ("chunk", "sink", "window"):
+        if getattr(args, name) is not None:
+            setattr(net.cfg, name, getattr(args, name))
     codec, first, text, caption = inputs(args, codec, settings)
     first, text = first.to(args.device)[:, :settings["first"]], text.to(args.device)
     noise = torch.Generator().manual_seed(args.seed)

@@ -16,6 +16,7 @@ samples.png, metrics.json and state/ to resume from. The next stage starts from 
 import argparse
 import contextlib
 import gc
+import hashlib
 import inspect
 import json
 import math
@@ -38,8 +39,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tqdm import tqdm
 
 import losses as L
-from data import (PatchCodec, Draws, WordEncoder, clips_in, dataset, explain, held_out, padded, read_tensors, save_tensors,
-                  write_gif_grid, write_sheet, written_whole)
+from data import (PatchCodec, Draws, WordEncoder, clips_in, dataset, explain, held_out, padded, read_json, read_tensors,
+                  save_tensors, write_gif_grid, write_sheet, written_whole)
 from discriminator import Discriminator
 from model import PRESETS, Config, UsageError, block_causal_mask, build, chunk_bounds, load_into, open_weights
 from parallel import Flops, averaged, matrix_rate, now, own_rows, processes, shard, whole, world
@@ -130,8 +131,8 @@ RECIPES = {  # preset -> stage -> what differs from the defaults
         0: dict(iters=2300, muon_lr=0.02, warmup=30, decay=0.4, ema=0.99),
         1: dict(iters=25, muon_lr=0.01, decay=0.5),
         2: dict(iters=200, dmd=1.0, lr=3e-4, betas=(0.5, 0.99), ema=0.95),
-        3: dict(iters=130, gan=1.0, dmd=1.0, gan_ratio=0.3, guidance=1.0, score_shift=0.8, cache_grad=True, lr=3e-4, betas=(0.5, 0.99),
-                decay=0.6, critic_lr=5e-4, critic_betas=(0.0, 0.99), critic_warmup=10),  # alone, the GAN term did not help: see README
+        3: dict(iters=185, gan=1.0, dmd=1.0, dmd_flow=3.0, gan_ratio=0.3, guidance=1.0, score_shift=0.8, cache_grad=True, lr=6e-4,
+                betas=(0.5, 0.99), decay=0.6, critic_lr=5e-4, critic_betas=(0.0, 0.99), critic_updates=1, critic_warmup=10, r_every=4),
     },
 }
 _WAN_RECIPE = {  # latents of 480 x 832 pixels
@@ -188,11 +189,17 @@ def settle(given, stage):
 def check(cfg):
     """Raise UsageError, naming the field, for settings that cannot work together."""
     chunk_bounds(cfg.frames, cfg.first, cfg.chunk)
-    positive = ("batch_size", "codec_patch", "patch", "levels", "ode_steps", "num_heads", "in_dim", "trajectories", "student_steps",
-                "context_parallel", "r_every")
-    for name in ("iters", "micro_batch", "save_every", "seed", "lr", "critic_lr", "muon_lr", "backbone_lr", *positive):
-        if getattr(cfg, name) < (1 if name in positive else 0):
+    if cfg.frames < 3:
+        raise UsageError(f"--frames {cfg.frames} is too short a clip: use 3 or more")
+    positive = ("batch_size", "codec_patch", "patch", "levels", "ode_steps", "num_heads", "num_layers", "in_dim", "text_len", "text_dim",
+                "trajectories", "student_steps", "context_parallel", "r_every", "window", "disc_queries", "max_bad_steps")
+    for name in ("iters", "micro_batch", "save_every", "seed", "lr", "critic_lr", "muon_lr", "backbone_lr", "sink", "eval_clips", "samples",
+                 "trajectories", "warmup", "critic_warmup", "fps", *positive):
+        if not getattr(cfg, name) >= (1 if name in positive else 0):
             raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is too small")
+    for name in ("eps", "shift", "train_shift", "score_shift", "gan_shift", "clip"):
+        if not getattr(cfg, name) > 0:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is too small, it has to be above 0")
     if cfg.stage == 0 and not cfg.iters:
         raise UsageError(f"stage 0 of {cfg.preset} has nothing to train: name the official weights with --teacher, or give it --iters")
     if cfg.seed > 90:
@@ -205,6 +212,10 @@ def check(cfg):
         raise UsageError(f"--latent-size {' '.join(map(str, cfg.latent_size))} is not a height and a width that divide by {cfg.patch}")
     if len(cfg.betas) != 2 or len(cfg.critic_betas) != 2:
         raise UsageError("--betas and --critic-betas take two numbers each")
+    if cfg.freq_dim % 2:
+        raise UsageError(f"--freq-dim {cfg.freq_dim} must be even")
+    if cfg.preset == "toy" and cfg.in_dim > 3 * cfg.codec_patch ** 2:
+        raise UsageError(f"--in-dim {cfg.in_dim}: a patch of {cfg.codec_patch} x {cfg.codec_patch} pixels has only {3 * cfg.codec_patch ** 2} components")
     if cfg.in_dim != cfg.out_dim:
         raise UsageError(f"--in-dim {cfg.in_dim} and --out-dim {cfg.out_dim} must be the same")
     check_device(cfg.device)
@@ -220,8 +231,8 @@ def check(cfg):
         raise UsageError(f"--disc-layers {' '.join(map(str, cfg.disc_layers))} does not work: name different blocks of 0 to {cfg.num_layers - 1}")
     if cfg.stage > 1 and not (cfg.dmd or cfg.gan):
         raise UsageError(f"--dmd 0 --gan 0: stage {cfg.stage} has nothing to learn from, give one of them a weight")
-    if len(cfg.level_weights) != cfg.levels + 1:
-        raise UsageError(f"--level-weights needs {cfg.levels + 1} numbers, one for each of --levels {cfg.levels} and clean")
+    if len(cfg.level_weights) != cfg.levels + 1 or min(cfg.level_weights) < 0 or not sum(cfg.level_weights) > 0:
+        raise UsageError(f"--level-weights needs {cfg.levels + 1} numbers from 0 up, one for each of --levels {cfg.levels} and clean")
     if cfg.ode_steps % cfg.levels:
         raise UsageError(f"--ode-steps {cfg.ode_steps} is no multiple of --levels {cfg.levels}")
 
@@ -734,9 +745,23 @@ class EarlyStop:
         return ""
 
 
+def fingerprint(path):
+    """A short text that changes with the weights in a stage's folder, or with official ones: of their sizes, first and last bytes."""
+    path, digest = Path(path), hashlib.sha256()
+    for file in [path / "ema.safetensors"] if (path / "ema.safetensors").is_file() else sorted(
+            [path] if path.is_file() else [p for p in path.glob("*") if p.suffix in (".safetensors", ".pt")]):
+        size = file.stat().st_size
+        with open(file, "rb") as f:
+            start = f.read(2 ** 20)
+            f.seek(max(0, size - 2 ** 20))
+            digest.update(str(size).encode() + start + f.read())
+    return digest.hexdigest()[:16]
+
+
 def begin(cfg, folder, fresh):
     """Decide on a stage's folder: True if there is something to train, False if it is finished and kept."""
-    before = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else None
+    before = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    origin = [fingerprint(path) for path in start_from(cfg)] if cfg.stage else []
     if fresh or not cfg.resume:
         shutil.rmtree(folder, ignore_errors=True)
     elif before and (saved_states(folder) or any((folder / left).exists() for left in ("trajectories", "metrics.json"))):
@@ -748,13 +773,33 @@ def begin(cfg, folder, fresh):
             if name not in free and was != value:
                 raise UsageError(f"{folder} was trained with {name} {was}, now it is {value}: choose another --out or --tag to keep it, "
                                  "or --no-resume to train it again")
+        if before.get("origin", origin) != origin:
+            raise UsageError(f"{folder} was started from other weights than those that are now in {' and '.join(map(str, start_from(cfg)))}: "
+                             "--no-resume trains it again, another --out or --tag keeps it")
         if (folder / "metrics.json").is_file():
             print(f"stage {cfg.stage} is finished and kept: {folder} (--no-resume trains it again)")
             return False
     folder.mkdir(parents=True, exist_ok=True)
     with written_whole(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(asdict(cfg), indent=1))
+        temporary.write_text(json.dumps({**asdict(cfg), "origin": origin}, indent=1))
     return True
+
+
+def all_begin(cfg, folder, fresh):
+    """begin() by the first process for all: where it fails, all stop, and the first says why."""
+    answer = [None, None]
+    if world()[0] == 0:
+        try:
+            answer[0] = begin(cfg, folder, fresh)
+        except UsageError as error:
+            answer[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    if answer[1] and world()[0]:
+        raise SystemExit(2)
+    if answer[1]:
+        raise UsageError(answer[1])
+    return answer[0]
 
 
 @contextlib.contextmanager
@@ -772,7 +817,8 @@ def loop(run):
     """The training loop of every stage, to the last step or the early stop; returns its speed and peak memory in words.
     SIGTERM: saves, exits with 143."""
     cfg, stop = run.cfg, EarlyStop(run.cfg.stop_motion if run.cfg.stage == 2 else 0.0)
-    lines = (run.dir / "log.jsonl").read_text().splitlines()[:run.step] if run.step else []
+    lines = (run.dir / "log.jsonl").read_text().splitlines()[:run.step] if run.step and (run.dir / "log.jsonl").is_file() else []
+    lines = [line for line in lines if line.endswith("}")]  # a killed run may leave part of one
     reason = next(filter(None, [stop(json.loads(line)) for line in lines]), "")
     bar = tqdm(total=cfg.iters, initial=run.step, desc=run.dir.name, disable=not run.writes, mininterval=1.0)
     share = cfg.batch_size // run.world
@@ -822,10 +868,7 @@ def train(cfg, fresh=False):
             raise UsageError(f"{folder} cannot start from itself: choose another --tag or --out")
         if source(cfg, path)[1] is None and not (cfg.data and clips_in(cfg.data)):
             raise UsageError(f"{path} was trained on latents: make some with data.py encode, and name their folder with --data")
-    go = [begin(cfg, folder, fresh) if rank == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(go)
-    if not go[0]:
+    if not all_begin(cfg, folder, fresh):
         return False
     began, run = time.time(), Run(cfg)
     prepare(run)
@@ -850,8 +893,10 @@ def score(cfg, folder, minutes):
     metrics = folder / "metrics.json"
     script = Path(__file__).resolve().parent / "experiments" / "evaluate.py"
     if cfg.eval_clips:
-        subprocess.run([sys.executable, script, folder, "--clips", str(cfg.eval_clips)], check=True)
-    scores = json.loads(metrics.read_text()) if cfg.eval_clips else {}
+        if code := subprocess.run([sys.executable, script, folder, "--clips", str(cfg.eval_clips)]).returncode:
+            raise UsageError(f"stage {cfg.stage} is trained, but scoring it failed with status {code} (see above): the same command with --eval-clips 0 "
+                             "goes on without scores")
+    scores = read_json(metrics) if cfg.eval_clips else {}
     with written_whole(metrics) as temporary:
         temporary.write_text(json.dumps({**scores, "minutes": minutes}, indent=1))
 
@@ -860,7 +905,7 @@ def table(out):
     """The end of the recipe: one row per stage."""
     columns = {"quality_error": "error", "last_error": "last chunk", "drift": "drift", "dynamic_degree": "dynamic", "displacement":
                "displacement", "jitter": "jitter px", "caption_agreement": "caption", "i2v_fidelity": "i2v", "minutes": "minutes"}
-    rows = {p.parent.name: json.loads(p.read_text()) for p in sorted(Path(out).glob("stage[0-3]/metrics.json"))}
+    rows = {p.parent.name: read_json(p) for p in sorted(Path(out).glob("stage[0-3]/metrics.json"))}
     names = [n for n in columns if any(n in row for row in rows.values())]
     print("\n" + "stage".ljust(8) + "".join(columns[n].rjust(14) for n in names))
     for stage, row in rows.items():

@@ -34,7 +34,7 @@ JUDGES = [("stage3-causal-framewise", "--stage 3 --tag causal-framewise --disc-c
           ("stage3-bidirectional-framewise", "--stage 3 --tag bidirectional-framewise --disc-framewise")]
 COLUMNS = {"quality_error": "error", "last_error": "last", "error_growth": "growth", "drift": "drift", "dynamic_degree": "dynamic",
            "displacement": "displ.", "jitter": "jitter", "path_px": "path px", "caption_agreement": "caption",
-           "subject_consistency": "subject", "i2v_subject": "i2v subject", "i2v_background": "i2v backgr.", "minutes": "minutes"}
+           "subject_consistency": "subject", "i2v_subject": "i2v subject", "i2v_background": "i2v backgr."}
 
 
 def run_seed(out, seed, plan, clips, threads, extra):

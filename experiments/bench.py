@@ -145,7 +145,7 @@ def load_here(preset, path):
     with processes("cpu"):
         net = shard(unset(cfg))
         before = anonymous()
-        watcher = threading.Thread(target=watch)
+        watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         load_into(net.to_empty(device="cpu"), open_weights(path), path, own_rows)
         done.set()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import COLOURS, Draws, KINDS, VIDEO_ENDINGS, ToyWorld, WordEncoder, dataset, explain, held_out, read_video, written_whole
+from data import COLOURS, Draws, KINDS, VIDEO_ENDINGS, ToyWorld, WordEncoder, dataset, explain, held_out, read_json, read_video, written_whole
 from model import UsageError
 from sample import animate, load_stage
 from train import TrainConfig
@@ -117,6 +117,7 @@ def physical_path(world, state, position):
 
 def moved(position, found, lag):
     """Displacement over `lag` frames (b, f - lag), 0 wherever the object was not found in one of the two."""
+    lag = min(lag, position.shape[1] - 1)  # of shorter clips, all there is
     step = (position[:, lag:] - position[:, :-lag]).norm(dim=-1)
     return step * (found[:, lag:] & found[:, :-lag])
 
@@ -127,7 +128,8 @@ def percent(error):
 
 
 def exact_scores(world, state, video, first=1, chunk=3):
-    """All scores of toy clips (b, f, 3, H, W) whose states are known; the first `first` frames are given, not judged."""
+    """All scores of toy clips (b, f, 3, H, W) whose states are known; the first `first` frames are given, not judged.
+    Clips have at least 3 frames, or there is no jitter to speak of."""
     error, position = locate(world, state, video)
     truth = world.centres(state, video.shape[1])
     found, always = error < BROKEN, torch.ones_like(error, dtype=torch.bool)
@@ -143,7 +145,7 @@ def exact_scores(world, state, video, first=1, chunk=3):
     bare = (F.max_pool2d(cover.flatten(0, 1), 3, 1, 1).view_as(cover) < 0.01).float()
     differ_bg = lambda a, b: ((a - b).square() * bare).sum((2, 3, 4)) / (bare.sum((2, 3, 4)) * 3 * contrast)
     kind, tint = recognise(world, state, video[:, -1])
-    heading = ((position[:, 3] - position[:, 0]) @ world.directions.T).argmax(1)
+    heading = ((position[:, min(3, video.shape[1] - 1)] - position[:, 0]) @ world.directions.T).argmax(1)
     agree = (kind == state["kind"]) & (tint == state["colour"]) & (heading == state["direction"]) & found[:, -1]
     made = slice(first, None)
     jitter = lambda p: (p[:, 2:] - 2 * p[:, 1:-1] + p[:, :-2]).norm(dim=-1).mean().item()
@@ -216,6 +218,8 @@ def make(net, codec, settings, clips, frames, steps, at_once=64):
 def stage_scores(folder, number=256, steps=None, long=True):
     """Scores of a stage's EMA weights on `number` held-out clips, and drift on a quarter of them, 4 times as long."""
     net, codec, settings = load_stage(folder)
+    if codec is None:
+        raise UsageError(f"{folder} was trained on latents, which have no scores here: look at what sample.py makes of it")
     clips, frames, chunk = held_out(number), settings["frames"], settings["chunk"]
     video, raws, data = make(net, codec, settings, clips, frames, steps)
     toy = isinstance(data, ToyWorld)
@@ -266,7 +270,8 @@ def table(rows):
 
 
 def main(argv=None):
-    """Score every folder named on the command line and print a table; a stage's scores also go to its metrics.json."""
+    """Score every folder named on the command line and print a table; a stage's scores also go to its metrics.json, but for those of
+    --steps and --no-long."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="stages of a run, or folders of videos")
     parser.add_argument("--clips", type=int, default=256, help="held-out clips")
@@ -282,7 +287,9 @@ def main(argv=None):
         if (Path(folder) / "config.json").is_file():
             rows.append(stage_scores(folder, args.clips, args.steps, not args.no_long))
             metrics = Path(folder) / "metrics.json"
-            before = json.loads(metrics.read_text()) if metrics.is_file() else {}  # what is not measured anew is kept
+            if args.steps or args.no_long:  # a question of its own, whose answer would not fit what stands there
+                continue
+            before = read_json(metrics) if metrics.is_file() else {}  # the minutes
             with written_whole(metrics) as temporary:
                 temporary.write_text(json.dumps({**before, **rows[-1]}, indent=1))
         else:
