@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -567,6 +568,29 @@ def colour_clip(folder, name, frames=12, side=(48, 64)):
             iio.imwrite(folder / name / f"{i:03d}.png", frame)
 
 
+def test_numbered_images_come_in_order(tmp_path):
+    for number in range(12):
+        iio.imwrite(tmp_path / f"{number}.png", np.full((8, 8, 3), 20 * number, np.uint8))
+    assert data.read_video(tmp_path, 8)[:, 0, 0, 0].tolist() == [20 * n for n in range(12)]
+
+
+def test_long_captions_are_cut_and_said_once(capsys):
+    words = data.WordEncoder(3, 4)
+    assert torch.equal(words.encode(["a b c d"]), words.encode(["a b c e"]))
+    assert capsys.readouterr().err.count("--text-len 4") == 1
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".gif"])
+def test_videos_are_written_as_they_come(tmp_path, ending):
+    frames = torch.rand(300, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with data.VideoWriter(tmp_path / f"a{ending}", zoom=4) as writer:
+        for part in frames.split(50):
+            writer.write(part)
+        assert max(p.stat().st_size for p in tmp_path.iterdir()) > 100_000 and not (tmp_path / f"a{ending}").exists()
+    back = data.read_video(tmp_path / f"a{ending}", 128)
+    assert len(back) == 300 and (ending == ".mp4" or (back[7, :, ::4, ::4].float() / 127.5 - 1 - frames[7]).abs().mean() < 0.1)
+
+
 def test_folder_of_videos(tmp_path):
     for name in ("a.mp4", "b.webm", "c.mov", "d.gif", "e"):
         colour_clip(tmp_path, name)
@@ -1042,6 +1066,8 @@ def shell(*command, status=0, cwd=HERE):
     ("--tag mine", "belong to one stage"),
     ("--device tpu", "is not here"), ("--context-parallel 0", "too small"), ("--context-parallel 3", "heads"),
     ("--stage 0 --context-parallel 2", "does not divide 1 processes"), ("--latent-size 5 6", "divide by 2"), ("--betas 0.5", "two numbers"),
+    ("--window 0", "--window 0 is too small"), ("--shift nan", "--shift nan is too small"), ("--freq-dim 63", "must be even"),
+    ("--in-dim 100 --out-dim 100", "has only 48 components"), ("--level-weights 0 0 0 0 0", "from 0 up"), ("--frames 2 --chunk 1", "too short"),
     ("--lr -1", "too small"), ("--preset wan-1.3b --stage 0", "--teacher"), ("--gpus 8", "--gpus needs --plan"),
     ("--stage 0 --batch-size 0", "--batch-size 0 is too small"),
     ("--stage 3 --disc-layers 9", "--disc-layers 9 does not work"), ("--stage 3 --disc-layers 1 1", "different blocks"),
@@ -1055,6 +1081,39 @@ def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, message):
         train.main(["--out", str(tmp_path), *flags.split()])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and "Traceback" not in error and error.count("\n") <= 1
+
+
+def test_weights_that_changed_since_are_noticed(small_run, tmp_path, capsys):
+    """A finished stage is not kept in silence when what it started from has been trained again."""
+    for name in ("stage0", "stage1"):
+        shutil.copytree(small_run / name, tmp_path / name)
+    train.main(["--out", str(tmp_path), "--stage", "1", "--iters", "3", *SMALL])
+    assert "is finished and kept" in capsys.readouterr().out
+    save_file({k: v + 1 for k, v in load_file(tmp_path / "stage0/ema.safetensors").items()}, tmp_path / "stage0/ema.safetensors")
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path), "--stage", "1", "--iters", "3", *SMALL])
+    assert "was started from other weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, text", [("config.json", "{"), ("config.json", '{"stage": 1}'), ("codec.safetensors", "")])
+def test_damaged_files_of_a_stage_are_one_sentence(small_run, tmp_path, capsys, name, text):
+    shutil.copytree(small_run / "stage1", tmp_path / "stage1")
+    (tmp_path / "stage1" / name).write_text(text)
+    with pytest.raises(SystemExit) as stop, data.explain():
+        sample.main(["--weights", str(tmp_path / "stage1"), "--from-data", "--out", str(tmp_path / "a.gif")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and name in error and error.count("\n") == 1
+
+
+def test_without_an_image(small_run, tmp_path, capsys):
+    """--first 0: a video from the caption alone."""
+    command = ["--out", str(tmp_path), *SMALL, "--first", "0", "--frames", "6", "--iters", "2"]
+    train.main(["--stage", "0", *command])
+    train.main(["--stage", "1", *command])
+    sample.main(["--weights", str(tmp_path / "stage1"), "--prompt", "red disc", "--frames", "9", "--out", str(tmp_path / "a.gif")])
+    assert len(data.read_video(tmp_path / "a.gif", 32)) == 9
+    with pytest.raises(M.UsageError, match="was trained without an image"):
+        sample.main(["--weights", str(tmp_path / "stage1"), "--image", "assets/example.png", "--out", str(tmp_path / "a.gif")])
 
 
 def test_a_checkpoint_of_another_shape_is_explained(small_run, tmp_path, capsys):
