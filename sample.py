@@ -226,9 +226,9 @@ def inputs(args, codec, settings):
         size, caption = sides(args.size or "480x832"), args.prompt or ""
         nothing = torch.empty(1, 0, settings["in_dim"], size[0] // 8, size[1] // 8)  # text alone: no chunk is given
         return codec, codec.encode(read_image(args.image, size)) if args.image else nothing, words.encode(caption)[None], caption
-    alone = settings["first"] == 0  # a network that was trained without an image
     if args.vae or args.text_encoder or args.size:
         raise UsageError(f"{settings['where']} brings its own codec and words: leave out --vae, --text-encoder and --size")
+    alone = settings["first"] == 0  # it was trained without an image
     if alone and args.image:
         raise UsageError(f"{settings['where']} was trained without an image (--first 0): leave out --image and give it a --prompt")
     if not (args.image or args.from_data or alone and args.prompt):
@@ -238,7 +238,7 @@ def inputs(args, codec, settings):
     elif not args.from_data:
         pixels, caption = torch.zeros(1, 1, 3, settings["size"], settings["size"]), ""  # for its shape
     else:
-        clip = dataset(SimpleNamespace(**settings)).batch([held_out(1, args.seed)[0]])
+        clip = dataset(SimpleNamespace(**settings)).batch([held_out(1, args.seed % 1000)[0]])
         pixels, caption = clip["video"][:, :1], clip["text"][0]
     caption = caption if args.prompt is None else args.prompt
     return codec, codec.encode(pixels), WordEncoder(settings["text_len"], settings["text_dim"]).encode([caption]), caption
@@ -275,8 +275,8 @@ def arguments(argv):
         raise UsageError("--frames and --steps must be positive")
     if not 0 <= args.fps <= 1000 or args.zoom < 0 or not (args.context_level or 0) <= 1:
         raise UsageError("--fps and --zoom must be positive, --fps at most 1000, --context-level at most 1")
-    if not 0 <= args.seed < 9000:
-        raise UsageError(f"--seed {args.seed} is not one of 0 to 8999, for which there are held-out clips")
+    if not 0 <= args.seed < 2 ** 63:
+        raise UsageError(f"--seed {args.seed} is not one of 0 to 2^63 - 1")
     for name, least in (("chunk", 1), ("sink", 0), ("window", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UsageError(f"--{name} {getattr(args, name)} is too small: use {least} or more")
