@@ -5,17 +5,23 @@
 
     shard()          activation checkpointing, compilation, FSDP2: one function for every network, also for one process
     spread_tokens()  Ulysses: a clip that is too long for one device is cut between several, by hooks
+    save_state()     all that a resumed run needs, on any number of processes
 """
 import contextlib
 import functools
 import gc
 import os
+import shutil
+import sys
 import time
 import warnings
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -238,3 +244,75 @@ def spread_tokens(module, group):
     if module is not net:  # a discriminator: its queries ask all tokens
         for head in module.heads:
             head.register_forward_pre_hook(lambda _, args: Gather.apply(args[0], group, 1))
+
+
+# ---------------------------------------------------------------- saved states: every process writes and reads its own part
+
+def begin_state(optimizer):
+    """Give an optimizer its moments, all zero. Saving a state would do so by a step without gradients, which counts as one."""
+    for group in optimizer.param_groups:
+        group["lr"], lr = 0.0, group["lr"]
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+        group["lr_before"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    for group in optimizer.param_groups:
+        group["lr"] = group.pop("lr_before")
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].zero_()
+
+
+def state_of(run):
+    """All that a resumed run needs; randomness and data position follow from the step."""
+    state = {"step": run.step}
+    for name, net in run.nets.items():
+        if run.opts[name] or name == "ema":
+            model, optim = get_state_dict(net, run.opts[name])
+            state[name] = {"model": model, "optim": optim}
+    return state
+
+
+def saved_states(folder):
+    """The states of a stage's folder that were written to their end, newest first."""
+    return sorted((folder / "state").glob("step-*"), reverse=True)
+
+
+def save_state(run):
+    """Write the state under a temporary name, give it its own, and keep the last two. UsageError where that fails."""
+    new, done = run.dir / "state" / "new", run.dir / "state" / f"step-{run.step:07d}"
+    try:
+        dcp.save(state_of(run), checkpoint_id=new)
+    except (OSError, CheckpointException) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise UsageError(f"cannot write {done} ({str(error).strip().splitlines()[-1][:150]}): free some space and give the same command "
+                         f"again; it goes on from {next(iter(saved_states(run.dir)), 'the beginning')}") from None
+    if run.writes:
+        shutil.rmtree(done, ignore_errors=True)
+        new.rename(done)
+        for old in saved_states(run.dir)[2:]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load_state(run):
+    """Put the newest readable state, if there is any, back into the run's networks, optimizers and step."""
+    found = saved_states(run.dir)
+    for path in found:
+        state = state_of(run)
+        try:
+            dcp.load(state, checkpoint_id=path)
+            break
+        except (Exception, CheckpointException):  # truncated, or of another kind
+            print(f"{path} is damaged: going back to the state before", file=sys.stderr)
+    else:
+        if found:
+            raise UsageError(f"no state in {run.dir / 'state'} can be read: --no-resume trains stage {run.cfg.stage} from its beginning")
+        return
+    for name in run.nets:
+        if name in state:
+            set_state_dict(run.nets[name], run.opts[name], model_state_dict=state[name]["model"],
+                           optim_state_dict=state[name]["optim"])
+    run.step = state["step"]
+    if run.writes:
+        print(f"stage {run.cfg.stage} goes on at step {run.step}")
