@@ -339,7 +339,9 @@ class PatchCodec:
 
     @classmethod
     def fit(cls, video, patch, channels):
-        """The codec of these frames (b, f, 3, H, W)."""
+        """The codec of these frames (b, f, 3, H, W). UsageError for more channels than a patch has values."""
+        if channels > 3 * patch ** 2:
+            raise UsageError(f"--in-dim {channels}: a patch of {patch} x {patch} pixels has only {3 * patch ** 2} components")
         x = rearrange(video, "b f c (h p) (w q) -> (b f h w) (c p q)", p=patch, q=patch).double()
         mean = x.mean(0)
         basis, power, _ = torch.linalg.svd((x - mean).T @ (x - mean) / len(x))

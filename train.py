@@ -193,7 +193,7 @@ def check(cfg):
     positive = ("batch_size", "codec_patch", "patch", "levels", "ode_steps", "num_heads", "num_layers", "in_dim", "text_len", "text_dim",
                 "trajectories", "student_steps", "context_parallel", "r_every", "window", "disc_queries", "max_bad_steps")
     for name in ("iters", "micro_batch", "save_every", "seed", "lr", "critic_lr", "muon_lr", "backbone_lr", "sink", "eval_clips", "samples",
-                 "trajectories", "warmup", "critic_warmup", "fps", *positive):
+                 "warmup", "critic_warmup", "fps", *positive):
         if not getattr(cfg, name) >= (1 if name in positive else 0):
             raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is too small")
     for name in ("eps", "shift", "train_shift", "score_shift", "gan_shift", "clip"):
@@ -213,8 +213,6 @@ def check(cfg):
         raise UsageError("--betas and --critic-betas take two numbers each")
     if cfg.freq_dim % 2:
         raise UsageError(f"--freq-dim {cfg.freq_dim} must be even")
-    if cfg.preset == "toy" and cfg.in_dim > 3 * cfg.codec_patch ** 2:
-        raise UsageError(f"--in-dim {cfg.in_dim}: a patch of {cfg.codec_patch} x {cfg.codec_patch} pixels has only {3 * cfg.codec_patch ** 2} components")
     if cfg.in_dim != cfg.out_dim:
         raise UsageError(f"--in-dim {cfg.in_dim} and --out-dim {cfg.out_dim} must be the same")
     check_device(cfg.device)
