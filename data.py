@@ -47,6 +47,16 @@ def explain():
         sys.exit(2)
 
 
+class Flags(argparse.ArgumentParser):
+    """A command line that complains in one sentence and knows flags by their whole names only."""
+
+    def __init__(self, description, **options):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; {self.prog} --help lists every flag\n")
+
+
 @contextlib.contextmanager
 def written_whole(path):
     """A temporary name beside `path` that becomes `path` only when all has been written; a failure leaves nothing."""
@@ -691,7 +701,7 @@ def encode_prompts(path, words, out):
 
 def encode_flags(argv):
     """The command line of `python data.py encode`."""
-    parser = argparse.ArgumentParser(prog="data.py encode", description=encode.__doc__)
+    parser = Flags(encode.__doc__, prog="data.py encode")
     parser.add_argument("--videos", help=f"folder of {', '.join(VIDEO_ENDINGS)}; captions as .txt, captions.csv or .jsonl")
     parser.add_argument("--out", required=True, help="folder for the latents")
     parser.add_argument("--prompts", help="instead of videos: a text file with a caption a line, enough for stages 1 and 2")
@@ -710,7 +720,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["encode"]:
         return encode(encode_flags(argv[1:]))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("--preview", metavar="PNG", required=True, help="contact sheet to write")
     parser.add_argument("--data", default="", help="folder of videos; empty: the toy world")
     parser.add_argument("--size", type=int, default=32, help="side of a frame in pixels")

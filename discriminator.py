@@ -58,6 +58,8 @@ class Discriminator(nn.Module):
         mask = block_causal_mask(f, cfg.first, cfg.chunk) if self.causal else None
         _, hidden = self.backbone(x_t, t, text, mask=mask, taps=self.layers)
         pattern = "b f n d -> (b f) n d" if self.framewise else "b f n d -> b (f n) d"
-        answers = [head(rearrange(tokens, pattern)) for head, tokens in zip(self.heads, hidden)]
-        logits = self.out(self.norm(torch.cat(answers, -1))).squeeze(-1).float()
+        answers = torch.cat([head(rearrange(tokens, pattern)) for head, tokens in zip(self.heads, hidden)], -1)
+        # float32: a paired loss fixes only differences, the logits wander off together, and in bfloat16 the next after 3 is 3.016
+        with torch.autocast(answers.device.type, enabled=False):
+            logits = self.out(self.norm(answers.float())).squeeze(-1)
         return rearrange(logits, "(b f) -> b f", f=f) if self.framewise else logits

@@ -30,9 +30,8 @@ except ImportError:
 
 
 @dataclass
-class Config:
-    """Shape of the network and of the stream it writes. Defaults are the preset `toy`; see PRESETS for the others."""
-    # the network
+class Shape:
+    """The network: what its weights fit. Defaults are the preset `toy`; see PRESETS for the others."""
     dim: int = 128              # width of the residual stream
     ffn_dim: int = 512          # hidden width of the feed-forward layers
     num_heads: int = 4          # attention heads; dim / num_heads must be even
@@ -45,7 +44,11 @@ class Config:
     text_len: int = 6           # text tokens, padding included
     eps: float = 1e-6           # of every LayerNorm and RMSNorm
     precondition: bool = True   # skip connection around the network (see PreconditionedDiT); off for Wan
-    # the stream
+
+
+@dataclass
+class Config(Shape):
+    """The network, and the stream it writes."""
     frames: int = 13            # latent frames of a training clip, the conditioning image included
     first: int = 1              # latent frames of the conditioning image, a chunk of its own; 0: text alone
     chunk: int = 3              # latent frames written together

@@ -7,7 +7,6 @@
 rollout() is the one function that writes videos chunk by chunk. Training (stages II and III) and serving both use it,
 which is what closes the train-test gap (Self Forcing, 2506.08009).
 """
-import argparse
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (CaptionEncoder, PatchCodec, VideoWriter, WanCodec, WordEncoder, dataset, explain, held_out, read_image,
+from data import (CaptionEncoder, Flags, PatchCodec, VideoWriter, WanCodec, WordEncoder, dataset, explain, held_out, read_image,
                   read_json, sides)
 from losses import add_noise, guide, shift_time, x0_from_flow
 from model import PRESETS, Config, KVCache, UsageError, build, load_into, open_weights
@@ -246,8 +245,7 @@ def inputs(args, codec, settings):
 
 def arguments(argv):
     """The command line, checked as far as it can be without the weights."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}; sample.py --help lists every flag\n")
+    parser = Flags(__doc__)
     parser.add_argument("--weights", help="folder of a stage, or a student's official weights; default: the stage finished last under out/")
     parser.add_argument("--preset", help="shape of official weights: wan-1.3b or wan-14b")
     parser.add_argument("--vae", help="folder of Wan's VAE, for networks that were trained on latents")

@@ -451,6 +451,21 @@ def test_discriminator_sees_what_it_should(causal, framewise):
     assert seen[1].abs().sum() == 0
 
 
+def test_common_logit_does_not_blur_a_difference():
+    """A paired loss lets all logits wander off together; clips that differ by little must still differ in bfloat16."""
+    cfg = tiny()
+    torch.manual_seed(0)
+    disc = Discriminator(network(cfg), [0, 1])
+    x, t, text = inputs(cfg)
+    difference = []
+    for common in (0.0, 10.0):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            disc.out.bias.fill_(common)
+            difference.append((disc(x, t, text) - disc(x.flip(0), t, text))[0])
+    assert difference[0].abs() > 1e-4
+    assert abs(difference[1] - difference[0]) < 0.01 * abs(difference[0])
+
+
 # ---------------------------------------------------------------- the losses
 
 def test_conversions_are_inverse():
@@ -788,7 +803,7 @@ def wait_for_step(folder, step, seconds=60):
 def test_killed_run_goes_on(small_run, tmp_path):
     """SIGKILL in the middle of stage 3 on two processes; one process goes on. SIGTERM saves first. Damage falls back."""
     command = ["--stage", "3", "--init", str(small_run / "stage2"), "--teacher", str(small_run / "stage0"), "--iters", "30",
-               "--save-every", "5", "--gan-loss", "logistic", *SMALL]
+               "--save-every", "5", *SMALL]
     train.main(["--out", str(tmp_path / "a"), *command])
     folder = tmp_path / "b" / "stage3"
     run = start(tmp_path / "b", *command, launcher=("torchrun", "--nproc_per_node", "2", "--master_port", "29515"))
@@ -866,7 +881,7 @@ def test_full_disk_keeps_the_old_state(small_run, tmp_path):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_accumulation_is_the_same_batch(small_run, tmp_path, stage):
     command = ["--stage", str(stage), "--init", str(small_run / f"stage{max(0, stage - 1)}"), "--teacher", str(small_run / "stage0"),
-               "--iters", "3", "--muon-lr", "0", "--gan-loss", "logistic", *SMALL]  # in pairs the common logit is free
+               "--iters", "3", "--muon-lr", "0", *SMALL]
     train.main(["--out", str(tmp_path / "a"), *command])
     train.main(["--out", str(tmp_path / "b"), "--micro-batch", "2", *command])
     one, two = weights(tmp_path / "a" / f"stage{stage}"), weights(tmp_path / "b" / f"stage{stage}")
@@ -881,7 +896,7 @@ def test_accumulation_is_the_same_batch(small_run, tmp_path, stage):
 def test_several_processes_are_one(small_run, tmp_path, stage, processes, more):
     """torchrun with gloo processes and FSDP2 gives the losses and weights of one process; so does activation checkpointing."""
     command = ["--stage", str(stage), "--init", str(small_run / f"stage{max(0, stage - 1)}"), "--teacher", str(small_run / "stage0"),
-               "--iters", "3", "--muon-lr", "0", "--gan-loss", "logistic", *SMALL]  # in pairs the common logit is free
+               "--iters", "3", "--muon-lr", "0", *SMALL]
     train.main(["--out", str(tmp_path / "a"), *command])
     shell("torchrun", "--nproc_per_node", str(processes), "--master_port", "29512", "train.py", "--out", str(tmp_path / "b"), *command,
           *more.split())
@@ -894,9 +909,9 @@ def test_several_processes_are_one(small_run, tmp_path, stage, processes, more):
 
 @pytest.mark.parametrize("stage, more", [(0, "--muon-lr 0.02"), (3, "--recompute"), (3, "--context-parallel 2")])
 def test_several_processes_in_half_precision(small_run, tmp_path, stage, more):
-    """Gathered in bfloat16, under autocast, with what the recipes use: the same losses up to that precision."""
+    """Gathered in bfloat16, under autocast, with Muon and a paired loss: the same losses up to that precision."""
     command = ["--stage", str(stage), "--init", str(small_run / f"stage{max(0, stage - 1)}"), "--teacher", str(small_run / "stage0"),
-               "--iters", "3", *SMALL, "--dtype", "bfloat16"]
+               "--iters", "3", *SMALL, "--dtype", "bfloat16", "--gan-loss", "relativistic", "--gan-ratio", "0.3"]
     train.main(["--out", str(tmp_path / "a"), *command])
     shell("torchrun", "--nproc_per_node", "2", "--master_port", "29512", "train.py", "--out", str(tmp_path / "b"), *command, *more.split())
     for a, b in zip(logs(tmp_path / "a" / f"stage{stage}"), logs(tmp_path / "b" / f"stage{stage}")):
@@ -1136,10 +1151,10 @@ def test_non_finite_gradients_stop_the_run(tmp_path, capsys, monkeypatch):
 def test_early_stop_on_motion_and_on_quality():
     fine = dict(grad=1.0, motion=0.9, distance=0.2)
     for worse in (dict(motion=0.3), dict(distance=0.4)):
-        stop = train.EarlyStop(0.6)
+        stop = train.EarlyStop(0.6, 1.5)
         assert not any(stop(fine) for _ in range(50))
         assert any(stop({**fine, **worse}) for _ in range(30))
-    stop = train.EarlyStop(0.0)
+    stop = train.EarlyStop(0.0, 1.5)
     assert not any(stop(dict(grad=1.0, motion=m, distance=0.2)) for m in (1, 0.1, 0.01, 0))
 
 

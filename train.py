@@ -37,10 +37,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tqdm import tqdm
 
 import losses as L
-from data import (PatchCodec, Draws, WordEncoder, clips_in, dataset, explain, held_out, padded, read_json, read_tensors,
+from data import (Draws, Flags, PatchCodec, WordEncoder, clips_in, dataset, explain, held_out, padded, read_json, read_tensors,
                   save_tensors, write_gif_grid, write_sheet, written_whole)
 from discriminator import Discriminator
-from model import PRESETS, Config, UsageError, block_causal_mask, build, chunk_bounds, load_into, open_weights
+from model import PRESETS, Config, Shape, UsageError, block_causal_mask, build, chunk_bounds, load_into, open_weights
 from parallel import (Flops, averaged, begin_state, load_state, matrix_rate, now, own_rows, processes, save_state, saved_states,
                       shard, whole, world)
 from sample import animate, check_device, context_of, frame_times, guided, load_codec, read_settings, rollout, sample_ode, schedule
@@ -111,15 +111,16 @@ class TrainConfig(Config):
     critic_warmup: int = 15         # first steps, in which only the critic learns
     score_shift: float = 1.5        # timestep shift of the level at which the scores are compared
     stop_motion: float = 0.6        # stop stage 2 once motion has fallen to this fraction of its best; 0: never stop early
+    stop_distance: float = 1.5      # or once the teacher would change the clips by this multiple of the least it ever did
     # stage 3: the discriminator
     backbone_lr: float = 0.0        # of the discriminator's backbone; 0: frozen
     disc_causal: bool = False       # give the discriminator the student's block-causal mask
     disc_framewise: bool = False    # one logit per frame instead of one per clip
     disc_layers: tuple = (0, 1, 2, 3)  # blocks that the heads read
     disc_queries: int = 2           # queries per head
-    gan_loss: str = "relativistic"  # or logistic, the paper's
+    gan_loss: str = "logistic"      # or relativistic, in pairs of the same condition
     gan_t_max: float = 0.9          # noise level of the discriminator's input ~ U[0, this] ...
-    gan_shift: float = 1.5          # ... then shifted towards noise, where coarse motion is judged rather than grain
+    gan_shift: float = 3.0          # ... then shifted towards noise, where coarse motion is judged rather than grain
     r_weight: float = 20.0          # lambda of the approximate R1 and R2
     r_sigma: float = 0.25           # their perturbation
     r_every: int = 2                # critic steps between two of them
@@ -130,8 +131,8 @@ RECIPES = {  # preset -> stage -> what differs from the defaults
         0: dict(iters=2300, muon_lr=0.02, warmup=30, decay=0.4, ema=0.99),
         1: dict(iters=25, muon_lr=0.01, decay=0.5),
         2: dict(iters=200, dmd=1.0, lr=3e-4, betas=(0.5, 0.99), ema=0.95),
-        3: dict(iters=185, gan=1.0, dmd=1.0, dmd_flow=3.0, gan_ratio=0.3, guidance=1.0, score_shift=0.8, cache_grad=True, lr=6e-4,
-                betas=(0.5, 0.99), decay=0.6, critic_lr=5e-4, critic_betas=(0.0, 0.99), critic_updates=1, critic_warmup=10, r_every=4),
+        3: dict(iters=170, gan=0.3, dmd=1.0, dmd_flow=3.0, guidance=1.0, score_shift=0.8, cache_grad=True, lr=6e-4, betas=(0.5, 0.99),
+                decay=0.6, critic_lr=5e-4, critic_betas=(0.0, 0.99), critic_updates=1, disc_updates=2, critic_warmup=20, r_every=4),
     },
 }
 _WAN_RECIPE = {  # latents of 480 x 832 pixels
@@ -140,7 +141,7 @@ _WAN_RECIPE = {  # latents of 480 x 832 pixels
     2: dict(iters=100, batch_size=64, dmd=1.0, lr=2e-6, betas=(0.0, 0.999), critic_lr=4e-7, critic_betas=(0.0, 0.999),
             critic_updates=5, critic_warmup=0, guidance=6.0, score_shift=5.0),
     3: dict(iters=200, batch_size=256, gan=1.0, lr=4e-7, betas=(0.0, 0.999), critic_lr=2e-6, critic_betas=(0.0, 0.999),
-            backbone_lr=1e-6, critic_updates=1, critic_warmup=0, disc_queries=1, gan_loss="logistic", gan_t_max=1.0, gan_shift=1.0,
+            backbone_lr=1e-6, critic_updates=1, critic_warmup=0, disc_queries=1, gan_t_max=1.0, gan_shift=1.0,
             r_weight=20.0, r_sigma=0.05, r_every=1),
 }
 RECIPES["wan-1.3b"] = {s: dict(r, latent_size=(60, 104), disc_layers=(14, 21, 29)) for s, r in _WAN_RECIPE.items()}
@@ -151,9 +152,8 @@ RECIPES["wan-14b"] = {s: dict(r, latent_size=(60, 104), disc_layers=(19, 29, 39)
 
 def parse(argv):
     """The command line, generated from TrainConfig, as a dict of what was given. Unknown flags: one sentence, exit 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}; train.py --help lists every flag\n")
-    source = inspect.getsource(Config) + inspect.getsource(TrainConfig)
+    parser = Flags(__doc__)
+    source = "".join(map(inspect.getsource, TrainConfig.__mro__[:-1]))
     for field in fields(TrainConfig):
         text = re.search(rf"^    {field.name}: .*?#\s*(.*)$", source, re.M).group(1)
         how = dict(type=field.type)
@@ -196,7 +196,7 @@ def check(cfg):
                  "warmup", "critic_warmup", "fps", *positive):
         if not getattr(cfg, name) >= (1 if name in positive else 0):
             raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is too small")
-    for name in ("eps", "shift", "train_shift", "score_shift", "gan_shift", "clip"):
+    for name in ("eps", "shift", "train_shift", "score_shift", "gan_shift", "clip", "stop_distance"):
         if not getattr(cfg, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is too small, it has to be above 0")
     if cfg.stage == 0 and not cfg.iters:
@@ -445,8 +445,10 @@ def gan_gradient(run, x, batch, draws):
     clip = x[:, k:].clone().requires_grad_()
     t, eps = judged_level(cfg, draws, x), draws.randn(*x.shape[1:])
     fake = judge(run, torch.cat([x[:, :k], clip], 1), batch, t, eps)
-    with torch.no_grad():
-        real = judge(run, batch.x0, batch, t, eps)  # same noise, same level, same image: a pair
+    real = None
+    if cfg.gan_loss == "relativistic":
+        with torch.no_grad():
+            real = judge(run, batch.x0, batch, t, eps)  # same noise, same level, same image: a pair
     grad, = torch.autograd.grad(L.GAN_LOSSES[cfg.gan_loss][1](real, fake), clip)
     return grad, {"gan": len(x) * grad.flatten(1).norm(dim=1).mean()}
 
@@ -586,7 +588,7 @@ def source(cfg, path):
     settings = read_settings(path)
     if settings is None:
         return open_weights(path), None
-    for field in fields(Config)[:12]:
+    for field in fields(Shape):
         there, here = settings[field.name], getattr(cfg, field.name)
         if there != here:
             flag = f"--{field.name.replace('_', '-')}"
@@ -649,10 +651,10 @@ def show(run):
 
 class EarlyStop:
     """Stage II ends once the student's motion, or the teacher's content with its clips, has clearly passed its best: DMD that
-    goes on drifts into still videos (paper section 4). Both are noisy, so means over `window` steps are compared."""
+    goes on drifts into still videos (paper section 4). Both are noisy, so means over `span` steps are compared."""
 
-    def __init__(self, fraction, window=20):
-        self.fraction, self.window = fraction, window
+    def __init__(self, fraction, multiple, span=20):
+        self.fraction, self.multiple, self.span = fraction, multiple, span
         self.history, self.best = {"motion": [], "distance": []}, {}
 
     def __call__(self, log):
@@ -660,14 +662,14 @@ class EarlyStop:
         if not self.fraction or "distance" not in log:
             return ""
         for name in self.history:
-            self.history[name] = [*self.history[name], log[name]][-self.window:]
-        if len(self.history["motion"]) < self.window:
+            self.history[name] = [*self.history[name], log[name]][-self.span:]
+        if len(self.history["motion"]) < self.span:
             return ""
-        motion, distance = (sum(self.history[name]) / self.window for name in ("motion", "distance"))
+        motion, distance = (sum(self.history[name]) / self.span for name in ("motion", "distance"))
         self.best = {"motion": max(motion, self.best.get("motion", 0.0)), "distance": min(distance, self.best.get("distance", distance))}
         if motion < self.fraction * self.best["motion"]:
             return f"motion fell to {motion:.2f} of real, its best was {self.best['motion']:.2f}"
-        if distance > 1.5 * self.best["distance"]:
+        if distance > self.multiple * self.best["distance"]:
             return f"the teacher would change the clips by {distance:.3f}, at best it was {self.best['distance']:.3f}"
         return ""
 
@@ -743,19 +745,19 @@ def terminations():
 def loop(run):
     """The training loop of every stage, to the last step or the early stop; returns its speed and peak memory in words.
     SIGTERM: saves, exits with 143."""
-    cfg, stop = run.cfg, EarlyStop(run.cfg.stop_motion if run.cfg.stage == 2 else 0.0)
+    cfg, stop = run.cfg, EarlyStop(run.cfg.stop_motion if run.cfg.stage == 2 else 0.0, run.cfg.stop_distance)
     lines = (run.dir / "log.jsonl").read_text().splitlines()[:run.step] if run.step and (run.dir / "log.jsonl").is_file() else []
     lines = [line for line in lines if line.endswith("}")]  # a killed run may leave part of one
     reason = next(filter(None, [stop(json.loads(line)) for line in lines]), "")
     bar = tqdm(total=cfg.iters, initial=run.step, desc=run.dir.name, disable=not run.writes, mininterval=1.0)
     share = cfg.batch_size // run.world
-    passes, first, began = -(-share // (cfg.micro_batch or share)), run.step, now(run.device)
+    passes, resumed, began = -(-share // (cfg.micro_batch or share)), run.step, now(run.device)
     if run.writes:
         print(f"stage {cfg.stage}: a step is {cfg.batch_size} clips = {run.world} "
               + ("processes" if cfg.context_parallel == 1 else f"groups of {cfg.context_parallel} processes") + f" x {share} clips, in {passes} passes")
         with written_whole(run.dir / "log.jsonl") as temporary:
             temporary.write_text("".join(line + "\n" for line in lines))
-    work, counted = Flops(), max(first, cfg.critic_warmup)  # the first step in which all networks learn
+    work, counted = Flops(), max(resumed, cfg.critic_warmup)  # the first step in which all networks learn
     with open(run.dir / "log.jsonl", "a") if run.writes else contextlib.nullcontext() as file, terminations() as came:
         while run.step < cfg.iters and not reason:
             with work if run.step == counted else contextlib.nullcontext():
@@ -777,7 +779,7 @@ def loop(run):
             if reason := stop(log):
                 bar.write(f"stage {cfg.stage} stops early at step {run.step}: {reason}")
     bar.close()
-    rate = (run.step - first) / (now(run.device) - began)
+    rate = (run.step - resumed) / (now(run.device) - began)
     kib = torch.cuda.max_memory_allocated() / 1024 if cfg.device == "cuda" else (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1))  # there it counts bytes
     words = f"{rate:.2f} steps/s, {rate * cfg.batch_size * run.tokens:,.0f} tokens/s, peak memory {kib / 2 ** 20:.1f} GiB per process"

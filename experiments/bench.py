@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
 import train
-from data import explain, save_tensors
+from data import Flags, explain, save_tensors
 from experiments.plan import Rehearsal, plan
 from model import PRESETS, Config, UsageError, build, load_into, open_weights
 from parallel import Flops, matrix_rate, now, own_rows, processes, shard, world
@@ -176,7 +176,7 @@ def bench_load(args):
 
 def main(argv=None):
     """One bench, its table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Flags(__doc__)
     parser.add_argument("what", choices=["stream", "step", "load", "load-here"])
     parser.add_argument("--preset", nargs="+", default=["toy"], help="shapes to measure")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")

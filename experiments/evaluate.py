@@ -9,7 +9,6 @@ The names are VBench's, the definitions are ours: a toy clip can be compared wit
 Scores on 0-100, higher is better; errors are fractions of the object's energy, 0 perfect, 1 as wrong as no object at all.
 Motion is counted between frames in which the object can be found: broken frames do not move.
 """
-import argparse
 import json
 import sys
 from dataclasses import fields
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import COLOURS, Draws, KINDS, VIDEO_ENDINGS, ToyWorld, WordEncoder, dataset, explain, held_out, read_json, read_video, written_whole
+from data import COLOURS, Draws, Flags, KINDS, VIDEO_ENDINGS, ToyWorld, WordEncoder, dataset, explain, held_out, read_json, read_video, written_whole
 from model import UsageError
 from sample import animate, load_stage
 from train import TrainConfig
@@ -272,7 +271,7 @@ def table(rows):
 def main(argv=None):
     """Score every folder named on the command line and print a table; a stage's scores also go to its metrics.json, but for those of
     --steps and --no-long."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("folders", nargs="+", help="stages of a run, or folders of videos")
     parser.add_argument("--clips", type=int, default=256, help="held-out clips")
     parser.add_argument("--steps", type=int, help="network passes per chunk; default: as trained")

@@ -10,7 +10,6 @@
 Lengths are in pixels of the finished picture, which is drawn at twice its size and scaled down for smooth edges. Pillow's
 own font has ASCII letters only: x_{t} and x^{2} stand for what is set lower and higher.
 """
-import argparse
 import functools
 import json
 import math
@@ -25,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import ToyWorld, explain, held_out, to_uint8, written_whole
+from data import Flags, ToyWorld, explain, held_out, to_uint8, written_whole
 from model import Config, UsageError, block_causal_mask, chunk_bounds
 
 INK, GREY, RULE, FAINT, WHITE = "#262b33", "#666e79", "#c9ced6", "#eceff3", "#ffffff"
@@ -302,8 +301,7 @@ def example(assets, run=None):
 def main(argv=None):
     """Draw the pictures asked for."""
     figures = {"masks": masks, "example": example, "recipe": recipe, "curves": curves, "gifs": gifs}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}; figures.py --help shows what there is\n")
+    parser = Flags(__doc__)
     parser.add_argument("what", choices=[*figures, "all"], help="picture to make")
     parser.add_argument("run", nargs="?", help="folder of a run, such as out/toy; for curves, gifs and all")
     parser.add_argument("--assets", type=Path, default=Path(__file__).resolve().parents[1] / "assets", help="folder to write to")

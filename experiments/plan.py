@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from data import explain
+from data import Flags, explain
 from model import PRESETS, UsageError
 from parallel import Flops, blocks_of, shard
 
@@ -245,7 +245,7 @@ def table(rows):
 def main(argv=None):
     """Settings are train.py's, and its flags are taken; what is planned for is a GPU, whatever this machine has."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Flags(__doc__)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1], help="devices that share the weights")
     parser.add_argument("--table", action="store_true", help="the README's: 1.3B on 1 and 8 devices, 14B on 8 and 64")
     parser.add_argument("--plan", action="store_true", help=argparse.SUPPRESS)
