@@ -206,7 +206,7 @@ class VideoFolder:
                          if p.suffix.lower() in VIDEO_ENDINGS or p.is_dir() and any(image_files(p)))
         if not sources:
             raise UsageError(f"no videos in {folder}: put {', '.join(VIDEO_ENDINGS)} files or folders of images there")
-        self.frames, self.clips, self.names, self.texts = frames, [], [], []
+        self.frames, self.clips, self.texts = frames, [], []
         for path in sources:
             video = read_video(path, size, fps)
             if len(video) < frames:
@@ -214,7 +214,6 @@ class VideoFolder:
                                  + (" or --fps" if fps else ""))
             self.clips.append(video)
             sidecar = path.with_suffix(".txt")
-            self.names.append(path.name)
             self.texts.append(read_text(sidecar).strip() if sidecar.is_file() else "")
         starts = torch.tensor([len(v) - frames + 1 for v in self.clips], dtype=torch.float64)
         self.weights = (starts / starts.sum()).tolist()
@@ -315,13 +314,10 @@ class WordEncoder:
     an empty caption is all zeros, which is also what classifier-free guidance calls "no text". What is cut is said once."""
 
     def __init__(self, length, dim):
-        self.length, self.dim, self.known, self.said = length, dim, {}, False
+        self.length, self.dim, self.said = length, dim, False
 
     def _word(self, word):
-        if word not in self.known:
-            generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
-            self.known[word] = torch.randn(self.dim, generator=generator)
-        return self.known[word]
+        return torch.randn(self.dim, generator=torch.Generator().manual_seed(zlib.crc32(word.encode())))
 
     def encode(self, captions):
         out = torch.zeros(len(captions), self.length, self.dim)
@@ -376,8 +372,7 @@ class PatchCodec:
         return self.decode
 
     def save(self, path):
-        tensors = {"mean": self.mean, "basis": self.basis, "scale": self.scale, "patch": torch.tensor(self.patch)}
-        save_tensors(path, tensors)
+        save_tensors(path, {"mean": self.mean, "basis": self.basis, "scale": self.scale, "patch": torch.tensor(self.patch)})
 
     @classmethod
     def load(cls, path):

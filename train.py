@@ -319,8 +319,7 @@ class Run:
         clips = [cfg.seed * 10_000_000 + i for i in range(start, start + share)]
         size = min(cfg.micro_batch or share, share)
         for i in range(0, share, size):
-            part = clips[i:i + size]
-            yield self.batch(part, purpose)
+            yield self.batch(clips[i:i + size], purpose)
 
     def batch(self, clips, purpose):
         raw = self.data.batch(clips)
@@ -433,10 +432,10 @@ def judged_level(cfg, draws, x):
     return frame_times(L.shift_time(draws.rand(1) * cfg.gan_t_max, cfg.gan_shift), x, cfg.first)
 
 
-def judge(run, x, batch, t, eps):
-    """The discriminator on a clip noised to t; `x` may carry a gradient."""
+def judge(run, x_t, batch, t):
+    """The discriminator's logits of clips noised to t; `x_t` may carry a gradient."""
     with run.autocast():
-        return run.nets["disc"](L.add_noise(x, eps, t), t, batch.text)
+        return run.nets["disc"](x_t, t, batch.text)
 
 
 def gan_gradient(run, x, batch, draws):
@@ -444,11 +443,11 @@ def gan_gradient(run, x, batch, draws):
     cfg, k = run.cfg, run.cfg.first
     clip = x[:, k:].clone().requires_grad_()
     t, eps = judged_level(cfg, draws, x), draws.randn(*x.shape[1:])
-    fake = judge(run, torch.cat([x[:, :k], clip], 1), batch, t, eps)
+    fake = judge(run, L.add_noise(torch.cat([x[:, :k], clip], 1), eps, t), batch, t)
     real = None
     if cfg.gan_loss == "relativistic":
         with torch.no_grad():
-            real = judge(run, batch.x0, batch, t, eps)  # same noise, same level, same image: a pair
+            real = judge(run, L.add_noise(batch.x0, eps, t), batch, t)  # same noise, same level, same image: a pair
     grad, = torch.autograd.grad(L.GAN_LOSSES[cfg.gan_loss][1](real, fake), clip)
     return grad, {"gan": len(x) * grad.flatten(1).norm(dim=1).mean()}
 
@@ -474,15 +473,12 @@ def disc_step(run, clips, update):
     for batch, x in clips:
         draws = run.draws(batch.clips, f"disc{update}")
         t, eps = judged_level(cfg, draws, x), draws.randn(*x.shape[1:])
-        ask = lambda clip: judge(run, clip, batch, t, eps)
-        real, fake = ask(batch.x0), ask(x)
+        pair = [L.add_noise(clip, eps, t) for clip in (batch.x0, x)]
+        real, fake = (judge(run, x_t, batch, t) for x_t in pair)
         loss = L.GAN_LOSSES[cfg.gan_loss][0](real, fake)
-        if regular:
-            for clip, logits in ((batch.x0, real), (x, fake)):
-                delta = cfg.r_sigma * draws.randn(*x.shape[1:]) * (t > 0)[:, :, None, None, None]  # the image is given
-                with run.autocast():
-                    loss = loss + cfg.r_weight * L.approximate_r(
-                        lambda x_t: run.nets["disc"](x_t, t, batch.text), L.add_noise(clip, eps, t), logits, delta)
+        for x_t, logits in zip(pair, (real, fake)) if regular else ():
+            delta = cfg.r_sigma * draws.randn(*x.shape[1:]) * L.per_frame(t > 0)  # the image is given
+            loss = loss + cfg.r_weight * L.approximate_r(lambda x_t: judge(run, x_t, batch, t), x_t, logits, delta)
         run.share(loss, batch).backward()
         run.add_up(log, {"d_real": real.mean(), "d_fake": fake.mean(), "d_pairs": (real > fake).float().mean()}, batch)
     run.update("disc")
@@ -507,7 +503,7 @@ def distil_step(run):
                 grads.append((weight, grad))
                 run.add_up(log, numbers, batch)
             if len(grads) == 2 and cfg.gan_ratio:
-                dmd_norm, gan_norm = (g.flatten(1).norm(dim=1)[:, None, None, None, None] for _, g in grads)  # clip by clip
+                dmd_norm, gan_norm = (L.per_frame(g.flatten(1).norm(dim=1, keepdim=True)) for _, g in grads)  # clip by clip
                 grads[1] = cfg.gan, grads[1][1] * cfg.gan_ratio * dmd_norm / gan_norm.clamp_min(1e-12)
             x[:, cfg.first:].backward(run.share(sum(weight * grad for weight, grad in grads), batch))
         run.add_up(log, {"motion": motion(x), "real_motion": motion(batch.x0)}, batch)
@@ -746,9 +742,9 @@ def loop(run):
     """The training loop of every stage, to the last step or the early stop; returns its speed and peak memory in words.
     SIGTERM: saves, exits with 143."""
     cfg, stop = run.cfg, EarlyStop(run.cfg.stop_motion if run.cfg.stage == 2 else 0.0, run.cfg.stop_distance)
-    lines = (run.dir / "log.jsonl").read_text().splitlines()[:run.step] if run.step and (run.dir / "log.jsonl").is_file() else []
-    lines = [line for line in lines if line.endswith("}")]  # a killed run may leave part of one
-    reason = next(filter(None, [stop(json.loads(line)) for line in lines]), "")
+    before = (run.dir / "log.jsonl").read_text().splitlines()[:run.step] if run.step and (run.dir / "log.jsonl").is_file() else []
+    before = [line for line in before if line.endswith("}")]  # a killed run may leave part of one
+    reason = next(filter(None, [stop(json.loads(line)) for line in before]), "")
     bar = tqdm(total=cfg.iters, initial=run.step, desc=run.dir.name, disable=not run.writes, mininterval=1.0)
     share = cfg.batch_size // run.world
     passes, resumed, began = -(-share // (cfg.micro_batch or share)), run.step, now(run.device)
@@ -756,7 +752,7 @@ def loop(run):
         print(f"stage {cfg.stage}: a step is {cfg.batch_size} clips = {run.world} "
               + ("processes" if cfg.context_parallel == 1 else f"groups of {cfg.context_parallel} processes") + f" x {share} clips, in {passes} passes")
         with written_whole(run.dir / "log.jsonl") as temporary:
-            temporary.write_text("".join(line + "\n" for line in lines))
+            temporary.write_text("".join(line + "\n" for line in before))
     work, counted = Flops(), max(resumed, cfg.critic_warmup)  # the first step in which all networks learn
     with open(run.dir / "log.jsonl", "a") if run.writes else contextlib.nullcontext() as file, terminations() as came:
         while run.step < cfg.iters and not reason:
