@@ -668,6 +668,8 @@ def encode(args):
             if "cannot write" in str(error):
                 raise
             bad.append(str(error))
+            for part in [p for p in clips_in(out) if p.name.startswith(f"{path.name}-")]:
+                part.unlink()  # of a video that breaks off in the middle
             continue
         with written_whole(done) as temporary:
             temporary.write_text(shape)

@@ -55,7 +55,7 @@ class Discriminator(nn.Module):
     def forward(self, x_t, t, text):
         """x_t (b, f, c, h, w) noised to t (b, f), the level that the discriminator is told -> logits"""
         cfg, f = self.backbone.cfg, x_t.shape[1]
-        mask = block_causal_mask(f, cfg.first, cfg.chunk) if self.causal else None
+        mask = block_causal_mask(f, cfg.first, cfg.chunk, cfg.window + cfg.chunk, cfg.sink) if self.causal else None
         _, hidden = self.backbone(x_t, t, text, mask=mask, taps=self.layers)
         pattern = "b f n d -> (b f) n d" if self.framewise else "b f n d -> b (f n) d"
         answers = torch.cat([head(rearrange(tokens, pattern)) for head, tokens in zip(self.heads, hidden)], -1)

@@ -8,7 +8,7 @@ KV cache, it is the student that writes a video chunk after chunk. The weights a
     text    (b, l, d)         embeddings, zero-padded to `text_len`; the padding is attended, as in Wan
     output  (b, f, c, h, w)   the flow  v = eps - x0
 
-Parameter names are exactly those of the official checkpoints, which therefore load with `strict=True`.
+Parameter names are exactly those of the official checkpoints, which therefore load as they are, every name and shape checked.
 Parallelism is put on from outside (parallel.py): nothing here knows of devices or processes.
 """
 import functools
@@ -313,7 +313,7 @@ class DiT(nn.Module):
         cache      KVCache: x is the chunk that follows it, is given the positions that follow, and is remembered
                    there as the present chunk
         closing    with a cache: so many frames at the front of x are the finished chunk before, whose own context pass
-                   (t = 0) rides along; they see what that pass would see, the rest sees what it would see after it.
+                   rides along; they see what that pass would see, the rest sees what it would see after it.
                    Only their keys and values are wanted, so the last block leaves the rest of them out, as does the flow
         taps       indices of blocks whose hidden states are returned as well
         Raises ValueError for sides that do not divide into patches and for too long a text."""

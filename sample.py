@@ -223,6 +223,9 @@ def inputs(args, codec, settings):
             raise UsageError("this network was trained on latents: name --vae, --text-encoder, and --image or --prompt as well")
         codec, words = WanCodec(args.vae, args.device), CaptionEncoder(args.text_encoder, settings["text_len"], args.device)
         size, caption = sides(args.size or "480x832"), args.prompt or ""
+        if args.image and settings["first"] != 1:
+            raise UsageError(f"this network was trained with --first {settings['first']}: leave out --image" if not settings["first"] else
+                             f"this network was trained with --first {settings['first']}, one --image is not enough for it")
         nothing = torch.empty(1, 0, settings["in_dim"], size[0] // 8, size[1] // 8)  # text alone: no chunk is given
         return codec, codec.encode(read_image(args.image, size)) if args.image else nothing, words.encode(caption)[None], caption
     if args.vae or args.text_encoder or args.size:
@@ -232,13 +235,15 @@ def inputs(args, codec, settings):
         raise UsageError(f"{settings['where']} was trained without an image (--first 0): leave out --image and give it a --prompt")
     if not (args.image or args.from_data or alone and args.prompt):
         raise UsageError(f"{settings['where']} animates an image: name one with --image, or take a held-out clip's with --from-data")
+    if args.image and settings["first"] > 1:
+        raise UsageError(f"{settings['where']} was trained to go on from {settings['first']} frames (--first), one --image is not enough: use --from-data")
     if args.image:
         pixels, caption = read_image(args.image, settings["size"]), ""
     elif not args.from_data:
         pixels, caption = torch.zeros(1, 1, 3, settings["size"], settings["size"]), ""  # for its shape
     else:
         clip = dataset(SimpleNamespace(**settings)).batch([held_out(1, args.seed % 1000)[0]])
-        pixels, caption = clip["video"][:, :1], clip["text"][0]
+        pixels, caption = clip["video"][:, :max(1, settings["first"])], clip["text"][0]
     caption = caption if args.prompt is None else args.prompt
     return codec, codec.encode(pixels), WordEncoder(settings["text_len"], settings["text_dim"]).encode([caption]), caption
 

@@ -800,6 +800,20 @@ def wait_for_step(folder, step, seconds=60):
         time.sleep(0.02)
 
 
+def test_training_on_draws_new_clips_and_noise(small_run, tmp_path):
+    """Stage 2 from stage 2 goes on in its data, else a control would see the same clips and noise twice. Stage 3 does not."""
+    def run(stage, start, out):
+        return train.Run(train.settle(train.parse(["--stage", str(stage), "--init", str(start), "--teacher", str(small_run / "stage0"),
+                                                   "--out", str(out), "--iters", "2", *SMALL]), stage))
+    assert run(2, small_run / "stage1", tmp_path).before == run(3, small_run / "stage2", tmp_path).before == 0
+    again = run(2, small_run / "stage2", tmp_path)
+    assert again.before == 3  # what the stage before was trained
+    assert not torch.equal(again.draws([0], "roll").randn(4), run(2, small_run / "stage1", tmp_path).draws([0], "roll").randn(4))
+    train.main(["--stage", "2", "--init", str(small_run / "stage2"), "--teacher", str(small_run / "stage0"), "--out", str(tmp_path), "--tag", "on",
+                "--iters", "2", *SMALL])
+    assert run(2, tmp_path / "stage2-on", tmp_path).before == 5
+
+
 def test_killed_run_goes_on(small_run, tmp_path):
     """SIGKILL in the middle of stage 3 on two processes; one process goes on. SIGTERM saves first. Damage falls back."""
     command = ["--stage", "3", "--init", str(small_run / "stage2"), "--teacher", str(small_run / "stage0"), "--iters", "30",

@@ -11,7 +11,8 @@
     stage 3   adversarial    a bidirectional judge with one logit for the clip     paper eq. 7-10
 
 Stage N leaves in <out>/stageN: weights.safetensors, ema.safetensors, codec.safetensors, config.json, log.jsonl, samples.gif,
-samples.png, metrics.json and state/ to resume from. The next stage starts from the EMA weights.
+samples.png, metrics.json and state/ to resume from. The next stage starts from the EMA weights (and stage III from fake.safetensors,
+stage II's fake score).
 """
 import argparse
 import contextlib
@@ -123,7 +124,7 @@ class TrainConfig(Config):
     gan_shift: float = 3.0          # ... then shifted towards noise, where coarse motion is judged rather than grain
     r_weight: float = 20.0          # lambda of the approximate R1 and R2
     r_sigma: float = 0.25           # their perturbation
-    r_every: int = 2                # critic steps between two of them
+    r_every: int = 2                # discriminator updates between two of them
 
 
 RECIPES = {  # preset -> stage -> what differs from the defaults
@@ -263,7 +264,7 @@ class Run:
     """A stage at work: settings, data, networks and their optimizers, the step, the log."""
 
     def __init__(self, cfg):
-        self.cfg, self.step, self.bad = cfg, 0, {}
+        self.cfg, self.step, self.before, self.bad = cfg, 0, steps_before(cfg), {}
         (rank, number), share = world(), cfg.context_parallel
         if number % share:
             raise UsageError(f"--context-parallel {share} does not divide {number} processes: start torchrun with a multiple of {share}")
@@ -315,7 +316,7 @@ class Run:
     def batches(self, purpose):
         """This process's share of the step's global batch, one micro-batch at a time."""
         cfg, share = self.cfg, self.cfg.batch_size // self.world
-        start = self.step * cfg.batch_size + self.rank * share
+        start = (self.before + self.step) * cfg.batch_size + self.rank * share
         clips = [cfg.seed * 10_000_000 + i for i in range(start, start + share)]
         size = min(cfg.micro_batch or share, share)
         for i in range(0, share, size):
@@ -338,7 +339,7 @@ class Run:
         return torch.stack([row["states"] for row in rows]).to(self.device), padded([row["text"] for row in rows]).to(self.device)
 
     def draws(self, clips, purpose):
-        return Draws(clips, self.cfg.seed, self.cfg.stage, self.step, purpose, device=self.device)
+        return Draws(clips, self.cfg.seed, self.cfg.stage, self.before + self.step, purpose, device=self.device)
 
     def share(self, loss, batch):
         """A micro-batch's part of the mean over the global batch (the mean over processes adds the parts up)."""
@@ -411,7 +412,7 @@ def ode_step(run):
 
 
 def dmd_gradient(run, x, batch, draws):
-    """Stage II: the direction from the student's clip x to what the teacher would rather see (paper eq. 4-5)."""
+    """Stages II and III: the direction from the student's clip x to what the teacher would rather see (paper eq. 4-5)."""
     cfg, k, teacher, fake = run.cfg, run.cfg.first, run.nets["teacher"], run.nets["fake"]
     t = frame_times(L.student_levels(draws.rand(1), cfg.score_shift), x, k)
     x_t = L.add_noise(x, draws.randn(*x.shape[1:]), t)
@@ -490,7 +491,7 @@ def distil_step(run):
     cfg, clips, log = run.cfg, [], {}
     moving = run.step >= cfg.critic_warmup
     terms = [(w, f) for w, f in ((cfg.dmd, dmd_gradient), (cfg.gan, gan_gradient)) if w]
-    exit_step = int(Draws([0], cfg.seed, cfg.stage, run.step, "exit").choice([1.0] * cfg.student_steps, 1))
+    exit_step = int(run.draws([0], "exit").choice([1.0] * cfg.student_steps, 1))
     for batch in run.batches("roll"):
         noise = lambda frames: batch.draws.randn(frames, *batch.x0.shape[2:])
         with run.autocast():
@@ -532,6 +533,13 @@ def start_from(cfg):
     """Where a stage finds (its student's weights, its teacher's)."""
     official = Path(cfg.teacher or Path(cfg.out) / "stage0")
     return Path(cfg.init or (official if cfg.stage == 1 else Path(cfg.out) / f"stage{cfg.stage - 1}")), official
+
+
+def steps_before(cfg):
+    """Steps that were already made of this stage's clips and noise: those of the stage it starts from, if that has the same
+    number (--stage 2 --init out/toy/stage2 trains on, on new clips), else 0."""
+    there = cfg.stage and read_settings(start_from(cfg)[0]) or {}
+    return there.get("steps_before", 0) + there.get("iters", 0) if there.get("stage") == cfg.stage else 0
 
 
 def networks(cfg):
@@ -706,7 +714,7 @@ def begin(cfg, folder, fresh):
             return False
     folder.mkdir(parents=True, exist_ok=True)
     with written_whole(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps({**asdict(cfg), "origin": origin}, indent=1))
+        temporary.write_text(json.dumps({**asdict(cfg), "origin": origin, "steps_before": steps_before(cfg)}, indent=1))
     return True
 
 

@@ -34,7 +34,7 @@ JUDGES = [("stage3-gan-alone", f"--stage 3 --tag gan-alone {ALONE}"),
           ("stage3-bidirectional-framewise", f"--stage 3 --tag bidirectional-framewise {ALONE} --disc-framewise"),
           ("stage3-causal-video", f"--stage 3 --tag causal-video {ALONE} --disc-causal"),
           ("stage3-causal-framewise", f"--stage 3 --tag causal-framewise {ALONE} --disc-causal --disc-framewise")]
-COLUMNS = {"quality_error": "error", "last_error": "last", "error_growth": "growth", "drift": "drift", "dynamic_degree": "dynamic",
+COLUMNS = {"quality_error": "error", "first_error": "first", "last_error": "last", "error_growth": "growth", "drift": "drift", "dynamic_degree": "dynamic",
            "displacement": "displ.", "jitter": "jitter", "path_px": "path px", "caption_agreement": "caption",
            "subject_consistency": "subject", "i2v_subject": "i2v subject", "i2v_background": "i2v backgr."}
 
@@ -80,7 +80,7 @@ def table(scores):
 
 def ratios(scores, a, b, names=("quality_error", "last_error", "error_growth", "drift", "jitter", "displacement")):
     """One line: the means of row a over those of row b."""
-    if a not in scores or b not in scores:
+    if a not in scores or b not in scores or len(scores[a][names[0]]) != len(scores[b][names[0]]):  # not of the same seeds
         return ""
     parts = [f"{COLUMNS[n]} {statistics.mean(scores[a][n]) / statistics.mean(scores[b][n]):.2f}" for n in names
              if scores[a][n] and scores[b][n]]
@@ -97,6 +97,8 @@ def main(argv=None):
     parser.add_argument("--judges", action="store_true", help="also the adversarial term alone, with each of the four judges")
     parser.add_argument("--print", action="store_true", help="train nothing, print the table of what is finished")
     args, extra = parser.parse_known_args(argv)
+    if {"--seed", "--stage", "--tag", "--init"} & set(extra):
+        parser.error("--seed, --stage, --tag and --init are chosen by this script")
     plan = RECIPE + CONTROLS + JUDGES * args.judges
     if not args.print:
         threads = 1 if args.jobs > 1 else os.cpu_count()

@@ -74,7 +74,7 @@ class Rehearsal(train.Run):
     """A stage at work on clips of noise, with weights of any kind: what a step costs does not depend on them."""
 
     def __init__(self, cfg):
-        self.cfg, self.step, self.bad, self.nets, self.opts, self.tokens, self.negative = cfg, 0, {}, {}, {}, 0, None
+        self.cfg, self.step, self.before, self.bad, self.nets, self.opts, self.tokens, self.negative = cfg, 0, 0, {}, {}, {}, 0, None
         self.rank, self.world, self.writes, self.device = 0, 1, False, torch.device(cfg.device)
         for name, (_, groups) in train.networks(cfg).items():
             self.keep(name, self.place(name, bool(groups)), groups)
