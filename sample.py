@@ -218,25 +218,22 @@ def stream(net, codec, settings, first, text, randn, frames, steps):
 
 def inputs(args, codec, settings):
     """What the command line asks for: (codec, first latent frames, embedded text, caption)."""
+    if args.image and settings["first"] != 1:
+        raise UsageError(f"{settings.get('where', 'this network')} was trained " + (
+            f"to go on from {settings['first']} frames (--first), one --image is not enough" if settings["first"] else
+            "without an image (--first 0): leave out --image and give it a --prompt"))
     if codec is None:
         if not (args.vae and args.text_encoder and (args.image or args.prompt)):
             raise UsageError("this network was trained on latents: name --vae, --text-encoder, and --image or --prompt as well")
         codec, words = WanCodec(args.vae, args.device), CaptionEncoder(args.text_encoder, settings["text_len"], args.device)
         size, caption = sides(args.size or "480x832"), args.prompt or ""
-        if args.image and settings["first"] != 1:
-            raise UsageError(f"this network was trained with --first {settings['first']}: leave out --image" if not settings["first"] else
-                             f"this network was trained with --first {settings['first']}, one --image is not enough for it")
         nothing = torch.empty(1, 0, settings["in_dim"], size[0] // 8, size[1] // 8)  # text alone: no chunk is given
         return codec, codec.encode(read_image(args.image, size)) if args.image else nothing, words.encode(caption)[None], caption
     if args.vae or args.text_encoder or args.size:
         raise UsageError(f"{settings['where']} brings its own codec and words: leave out --vae, --text-encoder and --size")
     alone = settings["first"] == 0  # it was trained without an image
-    if alone and args.image:
-        raise UsageError(f"{settings['where']} was trained without an image (--first 0): leave out --image and give it a --prompt")
     if not (args.image or args.from_data or alone and args.prompt):
         raise UsageError(f"{settings['where']} animates an image: name one with --image, or take a held-out clip's with --from-data")
-    if args.image and settings["first"] > 1:
-        raise UsageError(f"{settings['where']} was trained to go on from {settings['first']} frames (--first), one --image is not enough: use --from-data")
     if args.image:
         pixels, caption = read_image(args.image, settings["size"]), ""
     elif not args.from_data:

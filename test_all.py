@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v2 as iio
 import numpy as np
@@ -1141,6 +1142,8 @@ def test_without_an_image(small_run, tmp_path, capsys):
     train.main(["--stage", "1", *command])
     sample.main(["--weights", str(tmp_path / "stage1"), "--prompt", "red disc", "--frames", "9", "--out", str(tmp_path / "a.gif")])
     assert len(data.read_video(tmp_path / "a.gif", 32)) == 9
+    with pytest.raises(M.UsageError, match="from 2 frames"):
+        sample.inputs(SimpleNamespace(image="a.png"), None, {"first": 2})
     with pytest.raises(M.UsageError, match="was trained without an image"):
         sample.main(["--weights", str(tmp_path / "stage1"), "--image", "assets/example.png", "--out", str(tmp_path / "a.gif")])
 
