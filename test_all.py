@@ -1435,6 +1435,35 @@ def test_every_file_of_the_readme_exists():
         assert name == "py" or hasattr(sys.modules[module], name), f"{module}.{name}"
 
 
+def test_ablations_say_at_once_which_seed_failed(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ablations.main(["--out", str(tmp_path), "--seed", "1"])
+    assert stop.value.code == 2 and "are chosen by this script" in capsys.readouterr().err
+    with pytest.raises(M.UsageError, match=r"seeds \[0\] failed"):
+        ablations.main(["--out", str(tmp_path), "--seeds", "0", "--size", "7"])
+    assert "seed 0 failed: see the end of" in capsys.readouterr().err
+    scores = {row: {name: [1.0] * seeds for name in ablations.COLUMNS} for row, seeds in (("a", 2), ("b", 1), ("c", 2))}
+    assert not ablations.ratios(scores, "a", "b") and "error 1.00" in ablations.ratios(scores, "a", "c")
+
+
+def test_a_video_that_breaks_off_leaves_no_clips(tmp_path, monkeypatch):
+    class Nothing:
+        def __init__(self, *args, **kwargs):
+            self.encode = lambda x: torch.zeros(1, 2, 2, 2, 2) if torch.is_tensor(x) else torch.zeros(1, 4)
+
+    def frames(path, size, fps=0.0):
+        yield from torch.zeros(7, 3, 16, 16)
+        if path.name == "b.mp4":
+            raise M.UsageError(f"{path} cannot be read as a video")
+
+    for name in "ab":
+        (tmp_path / f"{name}.mp4").touch()
+    for name, value in (("CaptionEncoder", Nothing), ("WanCodec", Nothing), ("frames_of", frames)):
+        monkeypatch.setattr(data, name, value)
+    data.main(["encode", "--videos", str(tmp_path), "--out", str(tmp_path / "out"), "--vae", "v", "--text-encoder", "t", "--size", "16x16", "--frames", "5"])
+    assert [p.name for p in data.clips_in(tmp_path / "out")] == ["a.mp4-0000.safetensors"]
+
+
 @pytest.mark.slow
 def test_shortened_recipe_end_to_end(tmp_path):
     """The default recipe, shortened to a few minutes: the teacher learns to move, stage 2 mends what stage 1 breaks."""
