@@ -842,6 +842,8 @@ def test_killed_run_goes_on(small_run, tmp_path):
     one, two = weights(tmp_path / "a" / "stage3"), weights(folder)
     assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-4
     assert [line["step"] for line in logs(folder)] == list(range(1, 31))
+    minutes = [line["minutes"] for line in logs(folder)]  # they go on as well
+    assert minutes == sorted(minutes) and json.loads((folder / "metrics.json").read_text())["minutes"] >= minutes[-1]
 
 
 @pytest.mark.slow

@@ -129,10 +129,10 @@ class TrainConfig(Config):
 
 RECIPES = {  # preset -> stage -> what differs from the defaults
     "toy": {
-        0: dict(iters=2300, muon_lr=0.02, warmup=30, decay=0.4, ema=0.99),
+        0: dict(iters=1850, muon_lr=0.02, warmup=30, decay=0.6, ema=0.99),
         1: dict(iters=25, muon_lr=0.01, decay=0.5),
         2: dict(iters=200, dmd=1.0, lr=3e-4, betas=(0.5, 0.99), ema=0.95),
-        3: dict(iters=170, gan=0.3, dmd=1.0, dmd_flow=3.0, guidance=1.0, score_shift=0.8, cache_grad=True, lr=6e-4, betas=(0.5, 0.99),
+        3: dict(iters=160, gan=0.3, dmd=1.0, dmd_flow=4.0, guidance=1.0, score_shift=0.8, cache_grad=True, lr=6e-4, betas=(0.5, 0.99),
                 decay=0.6, critic_lr=5e-4, critic_betas=(0.0, 0.99), critic_updates=1, disc_updates=2, critic_warmup=20, r_every=4),
     },
 }
@@ -264,7 +264,7 @@ class Run:
     """A stage at work: settings, data, networks and their optimizers, the step, the log."""
 
     def __init__(self, cfg):
-        self.cfg, self.step, self.before, self.bad = cfg, 0, steps_before(cfg), {}
+        self.cfg, self.step, self.before, self.bad, self.began = cfg, 0, steps_before(cfg), {}, time.time()
         (rank, number), share = world(), cfg.context_parallel
         if number % share:
             raise UsageError(f"--context-parallel {share} does not divide {number} processes: start torchrun with a multiple of {share}")
@@ -751,8 +751,9 @@ def loop(run):
     SIGTERM: saves, exits with 143."""
     cfg, stop = run.cfg, EarlyStop(run.cfg.stop_motion if run.cfg.stage == 2 else 0.0, run.cfg.stop_distance)
     before = (run.dir / "log.jsonl").read_text().splitlines()[:run.step] if run.step and (run.dir / "log.jsonl").is_file() else []
-    before = [line for line in before if line.endswith("}")]  # a killed run may leave part of one
-    reason = next(filter(None, [stop(json.loads(line)) for line in before]), "")
+    past = [json.loads(line) for line in before if line.endswith("}")]  # a killed run may leave part of one
+    reason = next(filter(None, map(stop, past)), "")
+    run.began -= 60 * (past[-1].get("minutes", 0.0) if past else 0.0)  # as if it had never been interrupted
     bar = tqdm(total=cfg.iters, initial=run.step, desc=run.dir.name, disable=not run.writes, mininterval=1.0)
     share = cfg.batch_size // run.world
     passes, resumed, began = -(-share // (cfg.micro_batch or share)), run.step, now(run.device)
@@ -760,7 +761,7 @@ def loop(run):
         print(f"stage {cfg.stage}: a step is {cfg.batch_size} clips = {run.world} "
               + ("processes" if cfg.context_parallel == 1 else f"groups of {cfg.context_parallel} processes") + f" x {share} clips, in {passes} passes")
         with written_whole(run.dir / "log.jsonl") as temporary:
-            temporary.write_text("".join(line + "\n" for line in before))
+            temporary.write_text("".join(json.dumps(log) + "\n" for log in past))
     work, counted = Flops(), max(resumed, cfg.critic_warmup)  # the first step in which all networks learn
     with open(run.dir / "log.jsonl", "a") if run.writes else contextlib.nullcontext() as file, terminations() as came:
         while run.step < cfg.iters and not reason:
@@ -773,7 +774,7 @@ def loop(run):
             bar.update()
             if run.writes:
                 bar.set_postfix({k: f"{v:.3g}" for k, v in log.items()}, refresh=False)
-                file.write(json.dumps({"step": run.step, **log}) + "\n")
+                file.write(json.dumps({"step": run.step, "minutes": (time.time() - run.began) / 60, **log}) + "\n")
                 file.flush()
             if cfg.save_every and run.step % cfg.save_every == 0 or terminated:
                 save_state(run)
@@ -803,7 +804,7 @@ def train(cfg, fresh=False):
             raise UsageError(f"{path} was trained on latents: make some with data.py encode, and name their folder with --data")
     if not all_begin(cfg, folder, fresh):
         return False
-    began, run = time.time(), Run(cfg)
+    run = Run(cfg)
     prepare(run)
     load_state(run)
     speed = loop(run)
@@ -812,10 +813,10 @@ def train(cfg, fresh=False):
     export(run)
     show(run)
     cfg.eval_clips *= run.codec is not None
+    minutes = (time.time() - run.began) / 60
     del run
     gc.collect()
     if rank == 0:
-        minutes = (time.time() - began) / 60
         print(f"stage {cfg.stage}: {minutes:.1f} minutes, {speed}; results in {folder}", flush=True)
         score(cfg, folder, minutes)
     return True
