@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from imageio_ffmpeg import write_frames
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -66,8 +67,8 @@ def written_whole(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}; free some space or choose another --out") from error
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        raise UsageError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; free some space or choose another --out") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -300,9 +301,9 @@ def dataset(cfg):
     return VideoFolder(cfg.data, cfg.size, cfg.frames, cfg.fps) if cfg.data else ToyWorld(cfg.size, cfg.frames)
 
 
-def held_out(number, seed=0):
-    """Clip numbers that training never sees."""
-    return range(HELD_OUT + seed * 100_000, HELD_OUT + seed * 100_000 + number)
+def held_out(number):
+    """The first `number` clips that training never sees."""
+    return range(HELD_OUT, HELD_OUT + number)
 
 
 # ---------------------------------------------------------------- text and latents at toy scale
@@ -436,13 +437,17 @@ def fit_frame(frame, size):
     return x[0, :, top:top + height, left:left + width].round().clamp(0, 255).byte()
 
 
+def picture(path):
+    """An image file (H, W, 3) uint8, turned as its camera says; grey, palettes, CMYK and transparency become RGB."""
+    return iio.imread(path, rotate=True, mode="RGB")
+
+
 def read_image(path, size):
     """An image file as a clip of one frame: (1, 1, 3, size, size) in [-1, 1]."""
     if not Path(path).is_file():
         raise UsageError(f"{path} does not exist: --image takes an image file")
     try:
-        frame = iio.imread(path)
-        frame = frame[0] if frame.ndim == 4 else frame
+        frame = picture(path)
     except Exception as error:
         raise UsageError(f"{path} cannot be read as an image ({_first_line(error)}): convert it to png or jpg") from None
     return fit_frame(frame, size)[None, None].float() / 127.5 - 1
@@ -460,7 +465,7 @@ def frames_of(path, size, fps=0.0):
     try:
         with contextlib.ExitStack() as stack:
             if path.is_dir():
-                frames, rate = (iio.imread(p) for p in image_files(path)), 0
+                frames, rate = map(picture, image_files(path)), 0
             else:
                 frames = stack.enter_context(iio.get_reader(path))
                 rate = frames.get_meta_data().get("fps") or 1000 / max(1, frames.get_meta_data().get("duration") or 100)
@@ -627,8 +632,8 @@ def captions_in(folder):
         lines = read_text(path).splitlines() if path.is_file() else []
         try:
             rows = csv.DictReader(lines) if path.suffix == ".csv" else [json.loads(line) for line in lines if line.strip()]
-            found |= {row["file"]: row["caption"] for row in rows}
-        except (KeyError, TypeError, ValueError):
+            found |= {row["file"]: row["caption"].strip() for row in rows}
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise UsageError(f"{path} needs a file and a caption in every row, as columns of a csv or keys of json lines") from None
     return found | {p.name: read_text(p.with_suffix(".txt")).strip() for p in folder.iterdir() if p.with_suffix(".txt").is_file()}
 
@@ -663,7 +668,7 @@ def encode(args):
                 raise UsageError(f"{out} was made with {done.read_text()}, now it is {shape}: choose another --out")
             continue
         try:
-            bad += encode_video(path, captions.get(path.name, ""), codec, words, out, size, args)
+            encode_video(path, captions.get(path.name, ""), codec, words, out, size, args)
         except UsageError as error:
             if "cannot write" in str(error):
                 raise
@@ -678,19 +683,18 @@ def encode(args):
 
 @torch.no_grad()
 def encode_video(path, caption, codec, words, out, size, args):
-    """The clips of one video, a file each; returns a complaint, in a list, where it is shorter than one."""
+    """The clips of one video, a file each. UsageError where it is shorter than one."""
     text, n = words.encode(caption), -1
     for n, clip in enumerate(cut(frames_of(path, size, args.fps), args.frames)):
         latents = codec.encode(clip[None].float() / 127.5 - 1)[0]
         save_tensors(out / f"{path.name}-{n:04d}.safetensors", {"latents": latents, "text": text})
-    return [f"{path} is shorter than a clip of {args.frames} frames"] if n < 0 else []
+    if n < 0:
+        raise UsageError(f"{path} is shorter than a clip of {args.frames} frames")
 
 
 def encode_prompts(path, words, out):
     """A file of captions, one a line, to a .safetensors each: all that stage 1 needs, and with it stage 2."""
-    if not Path(path).is_file():
-        raise UsageError(f"{path} does not exist: --prompts takes a text file with a caption a line")
-    lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
     for n, line in enumerate(tqdm(lines, unit="caption")):
         save_tensors(out / f"{n:06d}.safetensors", {"text": words.encode(line)})
     print(f"{len(lines)} captions in {out}")

@@ -87,7 +87,8 @@ def dmd_loss(x, grad, mask=None):
     """0.5 mean|| x - stopgrad(x - grad) ||^2, whose gradient is grad / count (paper eq. 4).
 
     mask: optional bool (b, f), frames that count."""
-    x, grad = x.double(), grad.double()
+    exact = torch.float32 if x.device.type == "mps" else torch.float64  # which it does not have
+    x, grad = x.to(exact), grad.to(exact)
     if mask is not None:
         x, grad = x[mask], grad[mask]
     return 0.5 * F.mse_loss(x, (x - grad).detach())

@@ -114,6 +114,8 @@ def now(device):
     """Seconds, once the device has done all it was told to."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+    if device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()
 
 

@@ -239,7 +239,7 @@ def inputs(args, codec, settings):
     elif not args.from_data:
         pixels, caption = torch.zeros(1, 1, 3, settings["size"], settings["size"]), ""  # for its shape
     else:
-        clip = dataset(SimpleNamespace(**settings)).batch([held_out(1, args.seed % 1000)[0]])
+        clip = dataset(SimpleNamespace(**settings)).batch([held_out(args.seed % 100_000 + 1)[-1]])
         pixels, caption = clip["video"][:, :max(1, settings["first"])], clip["text"][0]
     caption = caption if args.prompt is None else args.prompt
     return codec, codec.encode(pixels), WordEncoder(settings["text_len"], settings["text_dim"]).encode([caption]), caption
@@ -306,12 +306,16 @@ def main(argv=None):
     began, writing, written, chunks = time.perf_counter(), 0.0, 0, []
     half = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
     with torch.no_grad(), half, VideoWriter(args.out, args.fps or (16 if codec.ratio > 1 else 8), zoom) as writer:
-        for part in tqdm(stream(net, codec, settings, first, text, randn, frames, args.steps), unit="chunk"):
-            drawn = now(first.device)
-            writer.write(part)
-            ended, written = time.perf_counter(), written + len(part)
-            writing += ended - drawn
-            chunks.append((ended - began, ended - began - writing, written))
+        try:
+            for part in tqdm(stream(net, codec, settings, first, text, randn, frames, args.steps), unit="chunk"):
+                drawn = now(first.device)
+                writer.write(part)
+                ended, written = time.perf_counter(), written + len(part)
+                writing += ended - drawn
+                chunks.append((ended - began, ended - began - writing, written))
+        except KeyboardInterrupt:  # what has been written of a long stream is kept
+            if not chunks:
+                raise
     (whole, alone, start), (whole_end, alone_end, _) = chunks[min(first.shape[1], 1, len(chunks) - 1)], chunks[-1]
     print(f"{args.out}: {written} frames of \"{caption}\"; first chunk after {whole:.3f} s"
           + (f", then {(written - start) / (whole_end - whole):.1f} frames a second, without writing the file "

@@ -129,7 +129,7 @@ class TrainConfig(Config):
 
 RECIPES = {  # preset -> stage -> what differs from the defaults
     "toy": {
-        0: dict(iters=1850, muon_lr=0.02, warmup=30, decay=0.6, ema=0.99),
+        0: dict(iters=2050, muon_lr=0.02, warmup=30, decay=0.4, ema=0.99),
         1: dict(iters=25, muon_lr=0.01, decay=0.5),
         2: dict(iters=200, dmd=1.0, lr=3e-4, betas=(0.5, 0.99), ema=0.95),
         3: dict(iters=160, gan=0.3, dmd=1.0, dmd_flow=4.0, guidance=1.0, score_shift=0.8, cache_grad=True, lr=6e-4, betas=(0.5, 0.99),
@@ -192,7 +192,7 @@ def check(cfg):
     if cfg.frames < 3:
         raise UsageError(f"--frames {cfg.frames} is too short a clip: use 3 or more")
     positive = ("batch_size", "codec_patch", "patch", "levels", "ode_steps", "num_heads", "num_layers", "in_dim", "text_len", "text_dim",
-                "trajectories", "student_steps", "context_parallel", "r_every", "window", "disc_queries", "max_bad_steps")
+                "trajectories", "student_steps", "context_parallel", "r_every", "window", "disc_queries", "max_bad_steps", "dim", "ffn_dim", "size")
     for name in ("iters", "micro_batch", "save_every", "seed", "lr", "critic_lr", "muon_lr", "backbone_lr", "sink", "eval_clips", "samples",
                  "warmup", "critic_warmup", "fps", *positive):
         if not getattr(cfg, name) >= (1 if name in positive else 0):
@@ -210,8 +210,8 @@ def check(cfg):
         raise UsageError(f"--context-parallel {cfg.context_parallel} does not divide the {cfg.num_heads} heads of the network")
     if len(cfg.latent_size) != 2 or any(side % cfg.patch for side in cfg.latent_size):
         raise UsageError(f"--latent-size {' '.join(map(str, cfg.latent_size))} is not a height and a width that divide by {cfg.patch}")
-    if len(cfg.betas) != 2 or len(cfg.critic_betas) != 2:
-        raise UsageError("--betas and --critic-betas take two numbers each")
+    if any(len(betas) != 2 or not all(0 <= beta < 1 for beta in betas) for betas in (cfg.betas, cfg.critic_betas)):
+        raise UsageError("--betas and --critic-betas take two numbers each, from 0 to below 1")
     if cfg.freq_dim % 2:
         raise UsageError(f"--freq-dim {cfg.freq_dim} must be even")
     if cfg.in_dim != cfg.out_dim:
@@ -225,10 +225,12 @@ def check(cfg):
     if cfg.gan_loss not in L.GAN_LOSSES:
         raise UsageError(f"--gan-loss {cfg.gan_loss} is unknown: choose from {', '.join(L.GAN_LOSSES)}")
     layers = sorted(set(cfg.disc_layers))
-    if cfg.stage == 3 and cfg.gan and (layers[0] < 0 or layers[-1] >= cfg.num_layers or len(layers) < len(cfg.disc_layers)):
+    if cfg.stage > 1 and cfg.gan and (layers[0] < 0 or layers[-1] >= cfg.num_layers or len(layers) < len(cfg.disc_layers)):
         raise UsageError(f"--disc-layers {' '.join(map(str, cfg.disc_layers))} does not work: name different blocks of 0 to {cfg.num_layers - 1}")
     if cfg.stage > 1 and not (cfg.dmd or cfg.gan):
         raise UsageError(f"--dmd 0 --gan 0: stage {cfg.stage} has nothing to learn from, give one of them a weight")
+    if cfg.stage > 1 and 0 < cfg.iters <= cfg.critic_warmup:
+        raise UsageError(f"--iters {cfg.iters} are all --critic-warmup {cfg.critic_warmup}, in which the student does not move: give it more, or lower that")
     if len(cfg.level_weights) != cfg.levels + 1 or min(cfg.level_weights) < 0 or not sum(cfg.level_weights) > 0:
         raise UsageError(f"--level-weights needs {cfg.levels + 1} numbers from 0 up, one for each of --levels {cfg.levels} and clean")
     if cfg.ode_steps % cfg.levels:
@@ -278,7 +280,9 @@ class Run:
         self.data, self.words = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim)
         if self.data.latent:
             self.data = self.data.check(cfg, start_from(cfg)[0] / "trajectories")
-        self.negative = self.data.negative if self.data.latent else None
+        self.negative, self.codec = self.data.negative if self.data.latent else None, None
+        if cfg.stage == 0 and not self.data.latent:  # the other stages take over its codec
+            self.codec = PatchCodec.fit(self.data.batch(range(max(1, 512 * 32 ** 2 // cfg.size ** 2)))["video"], cfg.codec_patch, cfg.in_dim)
         self.nets, self.opts, self.tokens = {}, {}, 0
         torch.manual_seed(cfg.seed)
 
@@ -569,7 +573,6 @@ def prepare(run):
     before, official = start_from(cfg)
     followed = before / "fake.safetensors"
     if cfg.stage == 0:
-        run.codec = None if run.data.latent else PatchCodec.fit(run.data.batch(range(512))["video"], cfg.codec_patch, cfg.in_dim)
         weights = {"student": build(cfg).init_weights().state_dict()}
     else:
         weights = {"teacher": source(cfg, official)[0]}
@@ -653,29 +656,19 @@ def show(run):
 
 # ---------------------------------------------------------------- the loop
 
-class EarlyStop:
-    """Stage II ends once the student's motion, or the teacher's content with its clips, has clearly passed its best: DMD that
-    goes on drifts into still videos (paper section 4). Both are noisy, so means over `span` steps are compared."""
-
-    def __init__(self, fraction, multiple, span=20):
-        self.fraction, self.multiple, self.span = fraction, multiple, span
-        self.history, self.best = {"motion": [], "distance": []}, {}
-
-    def __call__(self, log):
-        """The reason to stop after this step's log, or an empty string."""
-        if not self.fraction or "distance" not in log:
-            return ""
-        for name in self.history:
-            self.history[name] = [*self.history[name], log[name]][-self.span:]
-        if len(self.history["motion"]) < self.span:
-            return ""
-        motion, distance = (sum(self.history[name]) / self.span for name in ("motion", "distance"))
-        self.best = {"motion": max(motion, self.best.get("motion", 0.0)), "distance": min(distance, self.best.get("distance", distance))}
-        if motion < self.fraction * self.best["motion"]:
-            return f"motion fell to {motion:.2f} of real, its best was {self.best['motion']:.2f}"
-        if distance > self.multiple * self.best["distance"]:
-            return f"the teacher would change the clips by {distance:.3f}, at best it was {self.best['distance']:.3f}"
+def reason_to_stop(past, fraction, multiple, span=20):
+    """Why stage II ends after the steps whose logs are `past`, or an empty string: DMD that goes on drifts into still videos
+    (paper section 4). The student's motion has fallen to this fraction of its best, or the teacher would change its clips by
+    this multiple of the least it ever did. Both are noisy, so means over `span` steps are compared. fraction 0: never."""
+    rows = [log for log in past if "distance" in log] if fraction else []
+    if len(rows) < span:
         return ""
+    motion, distance = ([sum(log[name] for log in rows[i:i + span]) / span for i in range(len(rows) - span + 1)] for name in ("motion", "distance"))
+    if motion[-1] < fraction * max(motion):
+        return f"motion fell to {motion[-1]:.2f} of real, its best was {max(motion):.2f}"
+    if distance[-1] > multiple * min(distance):
+        return f"the teacher would change the clips by {distance[-1]:.3f}, at best it was {min(distance):.3f}"
+    return ""
 
 
 def fingerprint(path):
@@ -691,47 +684,59 @@ def fingerprint(path):
     return digest.hexdigest()[:16]
 
 
-def begin(cfg, folder, fresh):
-    """Decide on a stage's folder: True if there is something to train, False if it is finished and kept."""
+def look(cfg, folder, follows):
+    """What is to be done about a stage's folder: "keep" what is finished, "train" it (or train on), or train it "anew".
+
+    follows: the stage before has just been trained by the same command, so what started from its old weights is out of date.
+    UsageError where the folder's settings or origin are others than those asked for. Changes nothing."""
     before = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-    origin = [fingerprint(path) for path in start_from(cfg)] if cfg.stage else []
-    if fresh or not cfg.resume:
+    if not cfg.resume:
+        return "anew"
+    if not before or not (saved_states(folder) or any((folder / left).exists() for left in ("trajectories", "metrics.json"))):
+        return "train"
+    free = ("out", "resume", "device", "micro_batch", "recompute", "context_parallel", "compile", "max_bad_steps", "save_every", "samples", "eval_clips")
+    plain = lambda settings: json.loads(json.dumps(asdict(settings)))  # tuples become lists
+    defaults = plain(TrainConfig())
+    for name, value in plain(cfg).items():
+        was = before.get(name, defaults[name])  # runs older than a field had its default
+        if name not in free and was != value:
+            raise UsageError(f"{folder} was trained with {name} {was}, now it is {value}: choose another --out or --tag to keep it, "
+                             "or --no-resume to train it again")
+    origin = origins(cfg)
+    if before.get("origin", origin) != origin:
+        if follows:
+            return "anew"
+        raise UsageError(f"{folder} was started from other weights than those that are now in {' and '.join(map(str, start_from(cfg)))}: "
+                         "--no-resume trains it again, another --out or --tag keeps it")
+    return "keep" if (folder / "metrics.json").is_file() else "train"
+
+
+def origins(cfg):
+    """Fingerprints of what a stage starts from."""
+    return [fingerprint(path) for path in start_from(cfg)] if cfg.stage else []
+
+
+def claim(cfg, folder, anew):
+    """Make a stage's folder this run's: empty if it is trained anew, with its settings."""
+    if anew:
         shutil.rmtree(folder, ignore_errors=True)
-    elif before and (saved_states(folder) or any((folder / left).exists() for left in ("trajectories", "metrics.json"))):
-        free = ("out", "resume", "device", "micro_batch", "recompute", "context_parallel", "compile", "max_bad_steps", "save_every", "samples", "eval_clips")
-        plain = lambda settings: json.loads(json.dumps(asdict(settings)))  # tuples become lists
-        defaults = plain(TrainConfig())
-        for name, value in plain(cfg).items():
-            was = before.get(name, defaults[name])  # runs older than a field had its default
-            if name not in free and was != value:
-                raise UsageError(f"{folder} was trained with {name} {was}, now it is {value}: choose another --out or --tag to keep it, "
-                                 "or --no-resume to train it again")
-        if before.get("origin", origin) != origin:
-            raise UsageError(f"{folder} was started from other weights than those that are now in {' and '.join(map(str, start_from(cfg)))}: "
-                             "--no-resume trains it again, another --out or --tag keeps it")
-        if (folder / "metrics.json").is_file():
-            print(f"stage {cfg.stage} is finished and kept: {folder} (--no-resume trains it again)")
-            return False
     folder.mkdir(parents=True, exist_ok=True)
     with written_whole(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps({**asdict(cfg), "origin": origin, "steps_before": steps_before(cfg)}, indent=1))
-    return True
+        temporary.write_text(json.dumps({**asdict(cfg), "origin": origins(cfg), "steps_before": steps_before(cfg)}, indent=1))
 
 
-def all_begin(cfg, folder, fresh):
-    """begin() by the first process for all: where it fails, all stop, and the first says why."""
-    answer = [None, None]
+def by_first(function, *args):
+    """function(*args), called by the first process for all: where it fails, all stop, and the first says why."""
+    answer = [None]
     if world()[0] == 0:
         try:
-            answer[0] = begin(cfg, folder, fresh)
+            answer = [function(*args)]
         except UsageError as error:
-            answer[1] = str(error)
+            answer = [error]
     if dist.is_initialized():
         dist.broadcast_object_list(answer)
-    if answer[1] and world()[0]:
-        raise SystemExit(2)
-    if answer[1]:
-        raise UsageError(answer[1])
+    if isinstance(answer[0], UsageError):
+        raise SystemExit(2) if world()[0] else answer[0]
     return answer[0]
 
 
@@ -749,10 +754,11 @@ def terminations():
 def loop(run):
     """The training loop of every stage, to the last step or the early stop; returns its speed and peak memory in words.
     SIGTERM: saves, exits with 143."""
-    cfg, stop = run.cfg, EarlyStop(run.cfg.stop_motion if run.cfg.stage == 2 else 0.0, run.cfg.stop_distance)
+    cfg = run.cfg
+    stop = lambda: reason_to_stop(past, cfg.stop_motion if cfg.stage == 2 else 0.0, cfg.stop_distance)
     before = (run.dir / "log.jsonl").read_text().splitlines()[:run.step] if run.step and (run.dir / "log.jsonl").is_file() else []
     past = [json.loads(line) for line in before if line.endswith("}")]  # a killed run may leave part of one
-    reason = next(filter(None, map(stop, past)), "")
+    reason = stop()
     run.began -= 60 * (past[-1].get("minutes", 0.0) if past else 0.0)  # as if it had never been interrupted
     bar = tqdm(total=cfg.iters, initial=run.step, desc=run.dir.name, disable=not run.writes, mininterval=1.0)
     share = cfg.batch_size // run.world
@@ -772,16 +778,17 @@ def loop(run):
                 log["motion"] /= max(1e-9, log.pop("real_motion"))
             run.step += 1
             bar.update()
+            past.append({"step": run.step, "minutes": (time.time() - run.began) / 60, **log})
             if run.writes:
                 bar.set_postfix({k: f"{v:.3g}" for k, v in log.items()}, refresh=False)
-                file.write(json.dumps({"step": run.step, "minutes": (time.time() - run.began) / 60, **log}) + "\n")
+                file.write(json.dumps(past[-1]) + "\n")
                 file.flush()
             if cfg.save_every and run.step % cfg.save_every == 0 or terminated:
                 save_state(run)
             if terminated:
                 bar.write(f"stage {cfg.stage} was terminated and saved at step {run.step}: the same command goes on from there")
                 raise SystemExit(143)
-            if reason := stop(log):
+            if reason := stop():
                 bar.write(f"stage {cfg.stage} stops early at step {run.step}: {reason}")
     bar.close()
     rate = (run.step - resumed) / (now(run.device) - began)
@@ -794,17 +801,20 @@ def loop(run):
     return words
 
 
-def train(cfg, fresh=False):
-    """One stage from its beginning, or from where it was interrupted, to its end. Returns whether it was trained."""
+def train(cfg, follows=False):
+    """One stage from its beginning, or from where it was interrupted, to its end. Returns whether it was trained. follows: see look()."""
     folder, (rank, _) = stage_folder(cfg), world()
-    for path in start_from(cfg) if cfg.stage else ():  # before anything of the folder is written or removed
+    for path in start_from(cfg) if cfg.stage else ():
         if path.resolve() == folder.resolve():
             raise UsageError(f"{folder} cannot start from itself: choose another --tag or --out")
         if source(cfg, path)[1] is None and not (cfg.data and clips_in(cfg.data)):
             raise UsageError(f"{path} was trained on latents: make some with data.py encode, and name their folder with --data")
-    if not all_begin(cfg, folder, fresh):
+    if (plan := by_first(look, cfg, folder, follows)) == "keep":
+        if rank == 0:
+            print(f"stage {cfg.stage} is finished and kept: {folder} (--no-resume trains it again)")
         return False
-    run = Run(cfg)
+    run = Run(cfg)  # which reads the data: only when all fits is anything removed or written
+    by_first(claim, cfg, folder, plan == "anew")
     prepare(run)
     load_state(run)
     speed = loop(run)
@@ -838,7 +848,8 @@ def score(cfg, folder, minutes):
 def table(out):
     """The end of the recipe: one row per stage."""
     columns = {"quality_error": "error", "last_error": "last chunk", "drift": "drift", "dynamic_degree": "dynamic", "displacement":
-               "displacement", "jitter": "jitter px", "caption_agreement": "caption", "i2v_fidelity": "i2v", "minutes": "minutes"}
+               "displacement", "jitter": "jitter px", "caption_agreement": "caption", "i2v_fidelity": "i2v",
+               "motion_smoothness": "smoothness", "minutes": "minutes"}
     rows = {p.parent.name: read_json(p) for p in sorted(Path(out).glob("stage[0-3]/metrics.json"))}
     names = [n for n in columns if any(n in row for row in rows.values())]
     print("\n" + "stage".ljust(8) + "".join(columns[n].rjust(14) for n in names))
@@ -850,20 +861,20 @@ def table(out):
 def main(argv=None):
     """The command line: one stage, or all four in order and the table."""
     given = parse(argv)
-    if "gpus" in given and "plan" not in given:
-        parse(["--gpus needs --plan"])  # one sentence, exit 2
     if "plan" in given:
         script = Path(__file__).resolve().parent / "experiments" / "plan.py"
         raise SystemExit(subprocess.run([sys.executable, script, *(sys.argv[1:] if argv is None else argv)]).returncode)
     with explain(), processes(given.get("device")):
+        if "gpus" in given:
+            raise UsageError("--gpus needs --plan")
         if given.get("stage", -1) != -1:
             train(settle(given, given["stage"]))
             return
         if {"tag", "init"} & given.keys():
             raise UsageError("--tag and --init belong to one stage: say which with --stage")
-        fresh = False  # whatever stood on a stage that is trained anew is trained anew
+        follows = False
         for cfg in [settle(given, stage) for stage in range(1 if "teacher" in given else 0, 4)]:
-            fresh = train(cfg, fresh) or fresh
+            follows = train(cfg, follows) or follows
         if world()[0] == 0:
             table(cfg.out)
 

@@ -47,7 +47,7 @@ def run_seed(out, seed, plan, clips, threads, extra):
     with open(folder / "output.log", "a") as log:
         for _, flags in plan:
             command = [sys.executable, str(HERE / "train.py"), "--out", str(folder), "--seed", str(seed), "--eval-clips", str(clips),
-                       *flags.format(out=folder).split(), *extra]
+                       *(word.format(out=folder) for word in flags.split()), *extra]
             if subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT).returncode:
                 print(f"seed {seed} failed: see the end of {folder / 'output.log'}", file=sys.stderr, flush=True)
                 return seed

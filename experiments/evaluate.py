@@ -221,7 +221,7 @@ def stage_scores(folder, number=256, steps=None, long=True):
         raise UsageError(f"{folder} was trained on latents, which have no scores here: look at what sample.py makes of it")
     clips, frames, chunk = held_out(number), settings["frames"], settings["chunk"]
     video, raws, data = make(net, codec, settings, clips, frames, steps)
-    toy = isinstance(data, ToyWorld)
+    toy = isinstance(data, ToyWorld) and settings["first"] > 0  # without an image nobody can know this clip's background
     scores = {"stage": settings["stage"], "clips": number, "steps": steps or settings["student_steps" if settings["stage"] else "ode_steps"]}
     if toy:
         state = {k: torch.cat([raw["state"][k] for raw in raws]) for k in raws[0]["state"]}

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import Flags, ToyWorld, explain, held_out, to_uint8, written_whole
+from data import HELD_OUT, Flags, ToyWorld, explain, to_uint8, written_whole
 from model import Config, UsageError, block_causal_mask, chunk_bounds
 
 INK, GREY, RULE, FAINT, WHITE = "#262b33", "#666e79", "#c9ced6", "#eceff3", "#ffffff"
@@ -293,7 +293,7 @@ def gifs(assets, run):
 def example(assets, run=None):
     """A picture to animate: the first frame of a toy clip that is not trained on, drawn large."""
     world = ToyWorld(128, 1)
-    frame = to_uint8(world.batch(held_out(1, seed=7))["video"][0, 0])
+    frame = to_uint8(world.batch([HELD_OUT + 700_000])["video"][0, 0])
     with written_whole(assets / "example.png") as temporary:
         Image.fromarray(frame).save(temporary)
 

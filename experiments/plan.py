@@ -262,7 +262,7 @@ def main(argv=None):
     for preset, gpus in chosen:
         every = (0, 1, 2, 3) if preset == "toy" else (1, 2, 3)
         for stage in every if given.get("stage", -1) < 0 else [given["stage"]]:
-            cfg = train.settle({"device": "cpu", "dtype": "bfloat16", **given, "preset": preset}, stage)
+            cfg = train.settle({"dtype": "bfloat16", **given, "preset": preset, "device": "cpu"}, stage)  # any device can be planned for
             cfg = replace(cfg, device=given.get("device", "cuda"))
             print(row(cfg, gpus), flush=True)
             if stage == 1:
