@@ -188,7 +188,7 @@ def recipe(assets, run=None):
         end = x + width / 2
         canvas.arrow([(start, 482), (start, bus), (end, bus), (end, 484)], blue, 2.5, 12)
         canvas.text(end, bus + 20, text, 18, blue, "m")
-    note = "* at preset toy, which also keeps stage II's term and compares in pairs; trained at the Wan presets, as in the paper"
+    note = "* at preset toy, which also keeps stage II's term; trained at the Wan presets, as in the paper"
     canvas.text(xs[3] + width, 576, note, 16, GREY, "r")
     canvas.save(assets / "recipe.png")
 
