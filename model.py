@@ -147,8 +147,7 @@ def framewise_attention(q, k, v, groups):
 
 @functools.lru_cache(maxsize=16)
 def rope_table(positions, h, w, head_dim, device):
-    """cos and sin of the 3-D rotary angles, as rotate() takes them: (f, h*w, 1, head_dim), computed in float64, returned
-    in float32. Both have every angle twice, the first sine of a pair negative.
+    """exp(i angle) of the 3-D rotary angles, as rotate() takes them: (f, h*w, 1, head_dim / 2) complex64, computed in float64.
 
     `positions` is a tuple of frame positions. The head is split time | height | width, each part with its own
     frequencies 10000^(-2j/part)."""
@@ -162,16 +161,14 @@ def rope_table(positions, h, w, head_dim, device):
     f = len(positions)
     table = torch.cat([repeat(time, "f d -> f (h w) d", h=h, w=w), repeat(row, "h d -> f (h w) d", f=f, w=w),
                        repeat(col, "w d -> f (h w) d", f=f, h=h)], -1)[:, :, None]
-    pairs = lambda a, b: torch.stack([a, b], -1).flatten(-2).float().to(device)
-    return pairs(table.cos(), table.cos()), pairs(-table.sin(), table.sin())
+    return torch.polar(torch.ones_like(table), table).to(torch.complex64).to(device)
 
 
 def rotate(x, rope):
-    """Rotary embedding of x (b, f, n, heads, d): adjacent pairs turn by the angle of their position,
-    (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin), in float32."""
-    cos, sin = rope
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return (x * cos + swapped * sin).to(x.dtype)
+    """Rotary embedding of x (b, f, n, heads, d): adjacent pairs, as complex numbers, turn by the angle of their position,
+    (x0 + i x1) exp(i angle), in float32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
 
 
 class SelfAttention(nn.Module):

@@ -160,6 +160,39 @@ def own_rows(param):
     return param.to_local(), slice(min(rank * each, rows), min((rank + 1) * each, rows))
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices: along the orthogonal matrix nearest to the momentum, which five Newton-Schulz steps find (Jordan 2024).
+    The numbers of torch.optim.Muon, which takes one matrix after the other; together those of a shape take half the time at toy size."""
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            shapes, momentum = {}, group["momentum"]
+            for p in [p for p in group["params"] if p.grad is not None]:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                shapes.setdefault(p.shape, []).append((p, whole(p.grad.lerp(buffer, momentum))))
+            for (rows, columns), pairs in shapes.items():
+                for (p, _), update in zip(pairs, orthogonal(torch.stack([update for _, update in pairs]))):
+                    mine, part = own_rows(p)
+                    mine.add_(update[part], alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def orthogonal(x):
+    """U V^T, nearly, of every matrix x = U S V^T in (n, rows, columns): singular values between .7 and 1.2, in bfloat16."""
+    x, tall = x.bfloat16(), x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+
 # ---------------------------------------------------------------- tokens: several processes share a clip (Ulysses)
 
 @functools.lru_cache

@@ -1309,6 +1309,21 @@ def test_work_is_counted():
     assert work.flops == 7 * 2 * 2 * 1100 * 1100 * 8
 
 
+def test_muon_is_pytorchs():
+    g = torch.Generator().manual_seed(0)
+    mine = [torch.randn(shape, generator=g).requires_grad_() for shape in ((8, 8), (16, 8), (8, 8), (8, 24))]
+    theirs = [p.detach().clone().requires_grad_() for p in mine]
+    one, two = parallel.Muon(mine, 0.02), torch.optim.Muon(theirs, 0.02, weight_decay=0.0)
+    for _ in range(3):
+        for p, q in zip(mine, theirs):
+            p.grad = torch.randn(p.shape, generator=g)
+            q.grad = p.grad.clone()
+        one.step()
+        two.step()
+    assert max((p - q).abs().max().item() for p, q in zip(mine, theirs)) < 1e-4 and (mine[0] - theirs[1][:8]).abs().max() > 0.1
+    assert (torch.linalg.svdvals(parallel.orthogonal(torch.randn(3, 16, 8, generator=g)).float()) - 1).abs().max() < 0.5
+
+
 def test_a_fresh_optimizer_is_saved_as_it_is():
     """A state saved while only the critics learn must not count as a step of the student."""
     p = torch.nn.Parameter(torch.ones(3))

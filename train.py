@@ -42,7 +42,7 @@ from data import (Draws, Flags, PatchCodec, WordEncoder, clips_in, dataset, expl
                   save_tensors, write_gif_grid, write_sheet, written_whole)
 from discriminator import Discriminator
 from model import PRESETS, Config, Shape, UsageError, block_causal_mask, build, chunk_bounds, load_into, open_weights
-from parallel import (Flops, averaged, begin_state, load_state, matrix_rate, now, own_rows, processes, save_state, saved_states,
+from parallel import (Flops, Muon, averaged, begin_state, load_state, matrix_rate, now, own_rows, processes, save_state, saved_states,
                       shard, whole, world)
 from sample import animate, check_device, context_of, frame_times, guided, load_codec, read_settings, rollout, sample_ode, schedule
 
@@ -129,7 +129,7 @@ class TrainConfig(Config):
 
 RECIPES = {  # preset -> stage -> what differs from the defaults
     "toy": {
-        0: dict(iters=2050, muon_lr=0.02, warmup=30, decay=0.4, ema=0.99),
+        0: dict(iters=2300, muon_lr=0.02, warmup=30, decay=0.4, ema=0.99),
         1: dict(iters=25, muon_lr=0.01, decay=0.5),
         2: dict(iters=200, dmd=1.0, lr=3e-4, betas=(0.5, 0.99), ema=0.95),
         3: dict(iters=160, gan=0.3, dmd=1.0, dmd_flow=4.0, guidance=1.0, score_shift=0.8, cache_grad=True, lr=6e-4, betas=(0.5, 0.99),
@@ -303,13 +303,13 @@ class Run:
         """Take a network in; `groups` [(parameters' names start with, lr)] are trained, the rest is frozen."""
         cfg, optimizers, named = self.cfg, [], dict(module.requires_grad_(False).named_parameters())
         muon_lr = cfg.muon_lr if name == "student" else 0.0
-        options = dict(betas=cfg.betas if name == "student" else cfg.critic_betas, weight_decay=0.0, fused=cfg.device == "cuda" or None)
+        options = dict(betas=cfg.betas if name == "student" else cfg.critic_betas, weight_decay=0.0, fused=True)
         for prefixes, lr in groups:
             params = {n: p.requires_grad_() for n, p in named.items() if n.startswith(prefixes)}
             matrices = [p for n, p in params.items() if muon_lr and "blocks." in n and p.ndim == 2]
             rest = [p for n, p in params.items() if not (muon_lr and "blocks." in n and p.ndim == 2)]
             if matrices:
-                optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0))
+                optimizers.append(Muon(matrices, muon_lr))
             optimizers.append(torch.optim.AdamW(rest, lr=lr, **options))
         for o in optimizers:
             begin_state(o)
