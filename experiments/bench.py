@@ -151,7 +151,8 @@ def load_here(preset, path):
         done.set()
         watcher.join()
         share = sum(own_rows(p)[0].numel() * 4 for p in net.parameters())
-        print(f"rank {world()[0]}: {share} {max(most[0], anonymous()) - before}", flush=True)
+        sys.stdout.write(f"rank {world()[0]}: {share} {max(most[0], anonymous()) - before}\n")  # line and end at once: the others write too
+        sys.stdout.flush()
         del net
 
 
