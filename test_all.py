@@ -1463,7 +1463,7 @@ def shortened(line, folder, wan):
     if "wan-1.3b" in command or "wan-14b" in command:
         more = WAN[2:]
     if "--plan" in command or "--table" in command:
-        more = [*WAN[2:], "--batch-size", "64"]  # of 64 devices
+        more = [*WAN[2:], "--batch-size", "64", "--stage", "3"]  # of 64 devices
     if script == "sample.py" and "--vae" in command:
         more = ["--size", "32x48"]
     elif "encode" in command and "--videos" in command:
