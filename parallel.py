@@ -5,6 +5,7 @@
 
     shard()          activation checkpointing, compilation, FSDP2: one function for every network, also for one process
     spread_tokens()  Ulysses: a clip that is too long for one device is cut between several, by hooks
+    Muon             an optimizer for matrices, whole or in rows
     save_state()     all that a resumed run needs, on any number of processes
 """
 import contextlib
@@ -183,7 +184,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x):
-    """U V^T, nearly, of every matrix x = U S V^T in (n, rows, columns): singular values between .7 and 1.2, in bfloat16."""
+    """U V^T, nearly, of every matrix x = U S V^T in (n, rows, columns), in bfloat16: most singular values come near 1, the smallest stay below."""
     x, tall = x.bfloat16(), x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

@@ -755,9 +755,9 @@ def loop(run):
     """The training loop of every stage, to the last step or the early stop; returns its speed and peak memory in words.
     SIGTERM: saves, exits with 143."""
     cfg = run.cfg
-    stop = lambda: reason_to_stop(past, cfg.stop_motion if cfg.stage == 2 else 0.0, cfg.stop_distance)
     before = (run.dir / "log.jsonl").read_text().splitlines()[:run.step] if run.step and (run.dir / "log.jsonl").is_file() else []
     past = [json.loads(line) for line in before if line.endswith("}")]  # a killed run may leave part of one
+    stop = lambda: reason_to_stop(past, cfg.stop_motion if cfg.stage == 2 else 0.0, cfg.stop_distance)
     reason = stop()
     run.began -= 60 * (past[-1].get("minutes", 0.0) if past else 0.0)  # as if it had never been interrupted
     bar = tqdm(total=cfg.iters, initial=run.step, desc=run.dir.name, disable=not run.writes, mininterval=1.0)
