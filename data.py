@@ -83,8 +83,9 @@ class Draws:
     run was interrupted: there is no random state to save."""
 
     def __init__(self, clips, *key, device="cpu"):
-        self.device = device
-        self.streams = [torch.Generator().manual_seed(zlib.crc32(repr((*key, int(i))).encode())) for i in clips]
+        seeded = lambda *key: torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+        self.device, self.clips, self.shared = device, clips, seeded(*key)
+        self.streams = [seeded(*key, int(i)) for i in clips]
 
     def _each(self, draw):
         return torch.stack([draw(g) for g in self.streams]).to(self.device)
@@ -94,6 +95,12 @@ class Draws:
 
     def rand(self, *shape):
         return self._each(lambda g: torch.rand(shape, generator=g))
+
+    def spread(self):
+        """(b, 1) numbers from 0 to 1, uniform for every clip, but those of clips that follow one another lie far apart: multiples of the golden
+        ratio from a common random start. A batch then has all levels of noise in it, and the mean of its gradients less noise."""
+        golden = torch.tensor([[int(i) * 0.6180339887498949 % 1] for i in self.clips], dtype=torch.float64)
+        return ((golden + torch.rand((), generator=self.shared)) % 1).float().to(self.device)
 
     def choice(self, weights, *shape):
         """Indices drawn with probability proportional to `weights`."""

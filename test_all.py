@@ -528,6 +528,13 @@ def test_draws_do_not_depend_on_the_layout():
     both, second = data.Draws([3, 4], 0, "a"), data.Draws([4], 0, "a")
     assert torch.equal(both.randn(2, 3)[1:], second.randn(2, 3)) and torch.equal(both.rand(1)[1:], second.rand(1))
     assert not torch.equal(data.Draws([4], 1, "a").randn(3), data.Draws([4], 0, "a").randn(3))
+    assert torch.equal(both.spread()[1:], second.spread())
+    assert not torch.equal(data.Draws([4], 1, "a").spread(), data.Draws([4], 0, "a").spread())
+    for step in range(5):  # 16 clips anywhere: no two levels next to each other, no gap; over the steps a clip's place is uniform
+        gaps = data.Draws(range(16 * step, 16 * step + 16), step).spread().flatten().sort().values.diff()
+        assert 0.4 / 16 < gaps.min() and gaps.max() < 1.7 / 16
+    places = torch.cat([data.Draws([7], step).spread() for step in range(400)]).flatten().sort().values
+    assert (places - torch.linspace(0, 1, 400)).abs().max() < 0.1
     often = data.Draws(range(200), "c").choice((0.0, 0.9, 0.1), 10)
     assert 0.85 < (often == 1).float().mean() < 0.95 and (often > 0).all()
 
@@ -797,6 +804,20 @@ def test_resume_is_bit_for_bit(small_run, tmp_path, stage, monkeypatch):
     one, two = weights(tmp_path / "a" / f"stage{stage}"), weights(tmp_path / "b" / f"stage{stage}")
     assert all(torch.equal(one[k], two[k]) for k in one)
     assert timeless(tmp_path / "a" / f"stage{stage}") == timeless(tmp_path / "b" / f"stage{stage}")
+
+
+def test_a_failed_score_costs_no_training(small_run, tmp_path, monkeypatch, capsys):
+    """What has been trained is kept, the sentence says how to see more and how to go on, and the same command goes on."""
+    command = ["--stage", "2", "--init", str(small_run / "stage1"), "--teacher", str(small_run / "stage0"), "--out", str(tmp_path), "--iters", "2", *SMALL]
+    monkeypatch.setattr(evaluate, "stage_scores", lambda *_: 1 / 0)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*command, "--eval-clips", "2"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "division by zero" in said and "evaluate.py" in said and "--eval-clips 0" in said
+    trained = weights(tmp_path / "stage2")
+    train.main(command)
+    assert all(torch.equal(trained[k], w) for k, w in weights(tmp_path / "stage2").items())
+    assert json.loads((tmp_path / "stage2" / "metrics.json").read_text()).keys() == {"minutes"}
 
 
 def start(out, *flags, launcher=(sys.executable,)):
