@@ -732,7 +732,7 @@ def main(argv=None):
     parser.add_argument("--preview", metavar="PNG", required=True, help="contact sheet to write")
     parser.add_argument("--data", default="", help="folder of videos; empty: the toy world")
     parser.add_argument("--size", type=int, default=32, help="side of a frame in pixels")
-    parser.add_argument("--frames", type=int, default=13, help="frames of a clip")
+    parser.add_argument("--frames", type=int, default=10, help="frames of a clip")
     parser.add_argument("--fps", type=float, default=0.0, help="resample to this rate; 0: every frame")
     parser.add_argument("--clips", type=int, default=8, help="rows of the sheet")
     args = parser.parse_args(argv)

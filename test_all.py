@@ -204,8 +204,16 @@ def test_attention_backends_agree():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 24, 2, 8).unbind(0)  # (b, l, heads, d)
     full = M.attention(q, k, v)
-    half = M.attention(q.bfloat16(), k.bfloat16(), v.bfloat16())  # the explicit product on CPU
-    assert relative(half, full) < 1e-2
+    assert relative(F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2), full) < 1e-6
+    for keys in (24, 6):  # the explicit products on CPU: of many keys when training, of few always; else SDPA
+        exact = [x.clone().requires_grad_() for x in (q, k[:, :keys], v[:, :keys])]
+        for trained in (True, False):
+            half = [x.detach().bfloat16().requires_grad_(trained) for x in exact]
+            out, want = M.attention(*half), M.attention(*exact)
+            assert out.dtype == torch.bfloat16 and relative(out, want) < 1e-2
+            if trained:
+                got, right = (torch.autograd.grad(y.float().square().sum(), x) for y, x in ((out, half), (want, exact)))
+                assert all(relative(a, b) < 2e-2 for a, b in zip(got, right))
     x = torch.linspace(-6, 6, 2001)
     tanh, ours = F.gelu(x, approximate="tanh"), M.GELU()(x.bfloat16()).float()
     assert torch.equal(M.GELU()(x), tanh) and (ours - tanh).abs().max() <= (F.gelu(x.bfloat16(), approximate="tanh").float() - tanh).abs().max() * 1.1

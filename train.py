@@ -130,8 +130,8 @@ class TrainConfig(Config):
 RECIPES = {  # preset -> stage -> what differs from the defaults
     "toy": {
         0: dict(iters=2150, muon_lr=0.02, warmup=30, decay=0.4, ema=0.99),
-        1: dict(iters=25, muon_lr=0.01, decay=0.5),
-        2: dict(iters=180, dmd=1.0, lr=3e-4, betas=(0.5, 0.99), ema=0.95),
+        1: dict(iters=20, muon_lr=0.01, decay=0.5),
+        2: dict(iters=200, dmd=1.0, lr=3e-4, betas=(0.5, 0.99), ema=0.95),
         3: dict(iters=160, gan=0.3, dmd=1.0, dmd_flow=4.0, guidance=1.0, score_shift=0.8, cache_grad=True, lr=6e-4, betas=(0.5, 0.99),
                 decay=0.6, critic_lr=5e-4, critic_betas=(0.0, 0.99), critic_updates=1, disc_updates=2, critic_warmup=20, r_every=4),
     },

@@ -106,7 +106,8 @@ def draw_mask(canvas, x, y, cell, mask, bounds, outlined):
 
 def masks(assets, run=None):
     """masks.png: one network, two visibilities."""
-    cfg, cell, top, left = Config(), 22, 86, 80
+    cfg, top, left = Config(), 86, 80
+    cell = 290 // cfg.frames  # of room for the words above
     causal, bounds = block_causal_mask(cfg.frames, cfg.first, cfg.chunk), chunk_bounds(cfg.frames, cfg.first, cfg.chunk)
     side = cell * cfg.frames
     canvas = Canvas(left + 3 * (side + 106) + 20, top + side + 112)
