@@ -123,16 +123,15 @@ def visibility(mask):
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v for q, k, v of shape (b, l, heads, d): flash-attn where there is one, else SDPA."""
-    half = q.dtype in (torch.bfloat16, torch.float16)
+    half, cpu = q.dtype in (torch.bfloat16, torch.float16), q.device.type == "cpu"
     if half and q.is_cuda and flash_attn_func is not None:
         return flash_attn_func(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if half and q.device.type == "cpu" and q.shape[2] * k.shape[2] <= 2 ** 20:  # by hand where that is faster (torch 2.13, toy size)
-        scaled = q * q.shape[-1] ** -0.5
-        if k.shape[2] <= 16:  # a caption: softmax is slow along rows that short, and fast along columns
-            return (torch.softmax(k @ scaled.mT, -2).mT @ v).transpose(1, 2)
-        if q.requires_grad:  # SDPA's backward pass takes 3 times as long
-            return (torch.softmax(scaled @ k.mT, -1) @ v).transpose(1, 2)
+    scaled = q.shape[-1] ** -0.5
+    if cpu and k.shape[2] <= 16:  # a caption: softmax is slow along rows that short, and fast along columns
+        return (torch.softmax(k @ (q * scaled).mT, -2).mT @ v).transpose(1, 2)
+    if cpu and half and q.requires_grad and q.shape[2] * k.shape[2] <= 2 ** 20:  # SDPA's backward pass takes 3 times as long (torch 2.13)
+        return (torch.softmax((q * scaled) @ k.mT, -1) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 

@@ -1171,6 +1171,15 @@ def test_weights_that_changed_since_are_noticed(small_run, tmp_path, capsys):
     assert "was started from other weights" in capsys.readouterr().err
 
 
+def test_a_state_of_an_unknown_run_is_not_gone_on_from(small_run, tmp_path, capsys):
+    shutil.copytree(small_run / "stage0", tmp_path / "stage0")
+    (tmp_path / "stage0" / "config.json").unlink()
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path), "--stage", "0", "--iters", "3", *SMALL])
+    assert "no config.json" in capsys.readouterr().err and train.saved_states(tmp_path / "stage0")
+    train.main(["--out", str(tmp_path), "--stage", "0", "--iters", "3", *SMALL, "--no-resume"])
+
+
 def test_what_is_finished_is_not_lost(small_run, tmp_path, capsys):
     """The whole recipe again trains only what is out of date; --no-resume removes nothing before all has been checked."""
     shutil.copytree(small_run, tmp_path, dirs_exist_ok=True)
@@ -1342,10 +1351,11 @@ def test_work_is_counted():
     assert work.flops == 7 * 2 * 2 * 1100 * 1100 * 8
 
 
-def test_muon_is_pytorchs():
+def test_muon_is_pytorchs(monkeypatch):
     g = torch.Generator().manual_seed(0)
     mine = [torch.randn(shape, generator=g).requires_grad_() for shape in ((8, 8), (16, 8), (8, 8), (8, 24))]
     theirs = [p.detach().clone().requires_grad_() for p in mine]
+    monkeypatch.setattr(parallel, "has_bfloat16", lambda device: True)  # PyTorch's always takes it
     one, two = parallel.Muon(mine, 0.02), torch.optim.Muon(theirs, 0.02, weight_decay=0.0)
     for _ in range(3):
         for p, q in zip(mine, theirs):
@@ -1354,7 +1364,14 @@ def test_muon_is_pytorchs():
         one.step()
         two.step()
     assert max((p - q).abs().max().item() for p, q in zip(mine, theirs)) < 1e-4 and (mine[0] - theirs[1][:8]).abs().max() > 0.1
-    assert (torch.linalg.svdvals(parallel.orthogonal(torch.randn(3, 16, 8, generator=g)).float()) - 1).abs().max() < 0.5
+    x = torch.randn(3, 16, 8, generator=g)
+    found = {}
+    for half in (False, True):  # with and without bfloat16 instructions
+        monkeypatch.setattr(parallel, "has_bfloat16", lambda device: half)
+        found[half] = parallel.orthogonal(x)
+        assert found[half].dtype == (torch.bfloat16 if half else torch.float32)
+        assert (torch.linalg.svdvals(found[half].float()) - 1).abs().max() < 0.5
+    assert relative(found[True].float(), found[False]) < 0.05
 
 
 def test_a_fresh_optimizer_is_saved_as_it_is():

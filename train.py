@@ -42,7 +42,7 @@ from data import (Draws, Flags, PatchCodec, WordEncoder, clips_in, dataset, expl
                   save_tensors, write_gif_grid, write_sheet, written_whole)
 from discriminator import Discriminator
 from model import PRESETS, Config, Shape, UsageError, block_causal_mask, build, chunk_bounds, load_into, open_weights
-from parallel import (Flops, Muon, averaged, begin_state, load_state, matrix_rate, now, own_rows, processes, save_state, saved_states,
+from parallel import (Flops, Muon, averaged, begin_state, has_bfloat16, load_state, matrix_rate, now, own_rows, processes, save_state, saved_states,
                       shard, whole, world)
 from sample import animate, check_device, context_of, frame_times, guided, load_codec, read_settings, rollout, sample_ode, schedule
 
@@ -94,7 +94,7 @@ class TrainConfig(Config):
     # stage 1: ODE initialisation
     trajectories: int = 128         # teacher trajectories to regress on
     ode_steps: int = 8              # Euler steps of a trajectory
-    guidance: float = 1.5           # classifier-free guidance of the teacher; 1: none
+    guidance: float = 1.25          # classifier-free guidance of the teacher; 1: none
     levels: int = 4                 # states of a trajectory that are kept, those a `levels`-step sampler would visit
     level_weights: tuple = (0.4, 0.1, 0.1, 0.1, 0.3)  # how often a chunk gets each level, from noise to clean
     # stages 2 and 3: the student's own rollouts
@@ -117,7 +117,7 @@ class TrainConfig(Config):
     backbone_lr: float = 0.0        # of the discriminator's backbone; 0: frozen
     disc_causal: bool = False       # give the discriminator the student's block-causal mask
     disc_framewise: bool = False    # one logit per frame instead of one per clip
-    disc_layers: tuple = (0, 1, 2, 3)  # blocks that the heads read
+    disc_layers: tuple = (1, 3)     # blocks that the heads read
     disc_queries: int = 2           # queries per head
     gan_loss: str = "logistic"      # or relativistic, in pairs of the same condition
     gan_t_max: float = 0.9          # noise level of the discriminator's input ~ U[0, this] ...
@@ -129,10 +129,10 @@ class TrainConfig(Config):
 
 RECIPES = {  # preset -> stage -> what differs from the defaults
     "toy": {
-        0: dict(iters=2150, muon_lr=0.02, warmup=30, decay=0.4, ema=0.99),
+        0: dict(iters=1800, muon_lr=0.04, warmup=30, decay=0.4, ema=0.99),
         1: dict(iters=20, muon_lr=0.01, decay=0.5),
-        2: dict(iters=200, dmd=1.0, lr=3e-4, betas=(0.5, 0.99), ema=0.95),
-        3: dict(iters=160, gan=0.3, dmd=1.0, dmd_flow=4.0, guidance=1.0, score_shift=0.8, cache_grad=True, lr=6e-4, betas=(0.5, 0.99),
+        2: dict(iters=200, dmd=1.0, lr=5e-4, betas=(0.5, 0.99), ema=0.95, critic_updates=1, score_shift=1.0),
+        3: dict(iters=130, gan=0.3, dmd=1.0, dmd_flow=4.0, guidance=1.0, score_shift=0.3, cache_grad=True, lr=6e-4, betas=(0.5, 0.99),
                 decay=0.6, critic_lr=5e-4, critic_betas=(0.0, 0.99), critic_updates=1, disc_updates=2, critic_warmup=20, r_every=4),
     },
 }
@@ -179,9 +179,7 @@ def settle(given, stage):
     cfg = TrainConfig(**{**PRESETS[preset], **RECIPES[preset][stage], **given, "stage": stage})
     cfg.out = cfg.out or f"out/{preset}"
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    fast = cfg.device == "cuda" or cfg.device == "cpu" and known.get("avx512_bf16", False)
-    cfg.dtype = cfg.dtype or ("bfloat16" if fast else "float32")
+    cfg.dtype = cfg.dtype or ("bfloat16" if has_bfloat16(cfg.device) else "float32")
     check(cfg)
     return cfg
 
@@ -692,6 +690,9 @@ def look(cfg, folder, follows):
     before = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     if not cfg.resume:
         return "anew"
+    if not before and saved_states(folder):  # of a run that was moved away while it saved
+        raise UsageError(f"{folder} holds a saved state but no config.json, so nobody knows what it was trained with: "
+                         "--no-resume trains it again, another --out or --tag keeps it")
     if not before or not (saved_states(folder) or any((folder / left).exists() for left in ("trajectories", "metrics.json"))):
         return "train"
     free = ("out", "resume", "device", "micro_batch", "recompute", "context_parallel", "compile", "max_bad_steps", "save_every", "samples", "eval_clips")
