@@ -112,7 +112,7 @@ def matrix_rate(device, dtype=torch.bfloat16, tries=5):
 
 
 def has_bfloat16(device):
-    """Whether this kind of device multiplies bfloat16 with instructions of its own; without them it takes 10 times as long as float32."""
+    """Whether this kind of device multiplies bfloat16 with instructions of its own; without them it takes up to 20 times as long as float32."""
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return device == "cuda" or device == "cpu" and known.get("avx512_bf16", False)
 

@@ -203,17 +203,16 @@ def test_masks():
 def test_attention_backends_agree():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 24, 2, 8).unbind(0)  # (b, l, heads, d)
-    full = M.attention(q, k, v)
-    assert relative(F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2), full) < 1e-6
-    for keys in (24, 6):  # the explicit products on CPU: of many keys when training, of few always; else SDPA
+    sdpa = lambda *qkv: F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
+    for keys in (24, 6):  # the explicit products on CPU: of few keys always, of many in half precision when training; else SDPA
         exact = [x.clone().requires_grad_() for x in (q, k[:, :keys], v[:, :keys])]
-        for trained in (True, False):
-            half = [x.detach().bfloat16().requires_grad_(trained) for x in exact]
-            out, want = M.attention(*half), M.attention(*exact)
-            assert out.dtype == torch.bfloat16 and relative(out, want) < 1e-2
+        for dtype, trained, near in ((torch.bfloat16, True, 1e-2), (torch.bfloat16, False, 1e-2), (torch.float32, True, 1e-6)):
+            ours = [x.detach().to(dtype).requires_grad_(trained) for x in exact]
+            out, want = M.attention(*ours), sdpa(*exact)
+            assert out.dtype == dtype and relative(out, want) < near
             if trained:
-                got, right = (torch.autograd.grad(y.float().square().sum(), x) for y, x in ((out, half), (want, exact)))
-                assert all(relative(a, b) < 2e-2 for a, b in zip(got, right))
+                got, right = (torch.autograd.grad(y.float().square().sum(), x) for y, x in ((out, ours), (want, exact)))
+                assert all(relative(a, b) < 2 * near for a, b in zip(got, right))
     x = torch.linspace(-6, 6, 2001)
     tanh, ours = F.gelu(x, approximate="tanh"), M.GELU()(x.bfloat16()).float()
     assert torch.equal(M.GELU()(x), tanh) and (ours - tanh).abs().max() <= (F.gelu(x.bfloat16(), approximate="tanh").float() - tanh).abs().max() * 1.1

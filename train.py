@@ -130,8 +130,8 @@ class TrainConfig(Config):
 RECIPES = {  # preset -> stage -> what differs from the defaults
     "toy": {
         0: dict(iters=1800, muon_lr=0.04, warmup=30, decay=0.4, ema=0.99),
-        1: dict(iters=20, muon_lr=0.01, decay=0.5),
-        2: dict(iters=200, dmd=1.0, lr=5e-4, betas=(0.5, 0.99), ema=0.95, critic_updates=1, score_shift=1.0),
+        1: dict(iters=15, muon_lr=0.01, decay=0.5),
+        2: dict(iters=200, dmd=1.0, lr=6e-4, decay=0.5, betas=(0.5, 0.99), ema=0.95, critic_updates=1, score_shift=1.0),
         3: dict(iters=130, gan=0.3, dmd=1.0, dmd_flow=4.0, guidance=1.0, score_shift=0.3, cache_grad=True, lr=6e-4, betas=(0.5, 0.99),
                 decay=0.6, critic_lr=5e-4, critic_betas=(0.0, 0.99), critic_updates=1, disc_updates=2, critic_warmup=20, r_every=4),
     },

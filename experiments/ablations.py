@@ -26,7 +26,7 @@ from data import Flags, explain
 from model import UsageError
 
 RECIPE = [("stage0", "--stage 0"), ("stage1", "--stage 1"), ("stage2", "--stage 2"), ("stage3", "--stage 3")]
-CONTROLS = [("stage2-longer", "--stage 2 --tag longer --init {out}/stage2 --iters 200 --stop-motion 0 --critic-warmup 0"),
+CONTROLS = [("stage2-longer", "--stage 2 --tag longer --init {out}/stage2 --iters 230 --stop-motion 0 --critic-warmup 0"),
             ("stage3-no-gan", "--stage 3 --tag no-gan --gan 0"),
             ("stage3-no-warmup", "--stage 3 --tag no-warmup --init {out}/stage1")]
 ALONE = "--dmd 0 --gan 1 --lr 1e-4 --betas 0 0.99 --warmup 15 --critic-lr 1e-3 --critic-warmup 40 --disc-updates 3 --iters 160"
