@@ -1506,7 +1506,7 @@ def shortened(line, folder, wan):
             "experiments/figures.py": ["--assets", str(folder / "pictures")],
             "experiments/ablations.py": ["--print", "--out", str(folder / "table")]}.get(script, [])
     if "wan-1.3b" in command or "wan-14b" in command:
-        more = WAN[2:]
+        more = [*WAN[2:], *(["--latent-size", "8", "8"] if "out/wan-texts" in command else [])]  # captions alone do not tell it
     if "--plan" in command or "--table" in command:
         more = [*WAN[2:], "--batch-size", "64", "--stage", "3"]  # of 64 devices
     if script == "sample.py" and "--vae" in command:
