@@ -127,11 +127,11 @@ def attention(q, k, v):
     if half and q.is_cuda and flash_attn_func is not None:
         return flash_attn_func(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    scaled = q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5
     if cpu and k.shape[2] <= 16:  # a caption: softmax is slow along rows that short, and fast along columns
-        return (torch.softmax(k @ (q * scaled).mT, -2).mT @ v).transpose(1, 2)
+        return (torch.softmax(k @ (q * scale).mT, -2).mT @ v).transpose(1, 2)
     if cpu and half and q.requires_grad and q.shape[2] * k.shape[2] <= 2 ** 20:  # SDPA's backward pass takes 3 times as long (torch 2.13)
-        return (torch.softmax((q * scaled) @ k.mT, -1) @ v).transpose(1, 2)
+        return (torch.softmax((q * scale) @ k.mT, -1) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
