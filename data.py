@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from imageio_ffmpeg import write_frames
+from imageio_ffmpeg import count_frames_and_secs, write_frames
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -33,19 +34,57 @@ from model import UsageError
 
 VIDEO_ENDINGS = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-HELD_OUT = 1_000_000_000  # clip numbers from here on are never trained on
+HELD_OUT = 1_000_000_000  # clip numbers from here on are not trained on
 
 
 # ---------------------------------------------------------------- one sentence for what a user can mend
 
 @contextlib.contextmanager
 def explain():
-    """Turn a UsageError into one sentence on stderr and exit status 2."""
+    """Turn a UsageError, and what disks, devices and people do to a run, into one sentence on stderr and exit status 2 (Ctrl-C: 130)."""
     try:
         yield
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        said, status = error, 2
+    except OSError as error:
+        said, status = f"{error.filename or 'the file system'}: {error.strerror or error}: check the path, its permissions and the free space", 2
+    except torch.OutOfMemoryError as error:
+        said, status = f"out of memory on the device ({_first_line(error)}): lower --micro-batch, or give it --recompute or more devices", 2
+    except KeyboardInterrupt:
+        said, status = "interrupted", 130
+    else:
+        return
+    print(f"error: {said}", file=sys.stderr)
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def asked_to_stop(*signals):
+    """A list that grows when one of the signals comes, so that a loop can end between two steps. The second time a signal does what it always did."""
+    came, before = [], {}
+
+    def note(number, _):
+        came.append(number)
+        signal.signal(number, before[number])
+
+    for number in signals:
+        before[number] = signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check_device(name):
+    """UsageError where there is no such device."""
+    try:
+        torch.empty(1, device=name)
+        known = name in ("cpu", "cuda", "mps")
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} is not here ({_first_line(error)})") from None
+    if not known:
+        raise UsageError(f"--device {name}: say cuda, mps or cpu; which GPU cuda is, the variable CUDA_VISIBLE_DEVICES says")
 
 
 class Flags(argparse.ArgumentParser):
@@ -202,7 +241,7 @@ class VideoFolder:
     """Every clip of `frames` frames that can be cut from the videos of a folder, at `size` x `size` pixels.
 
     Videos are files (mp4, webm, mov, gif, ...) or folders of numbered images; the caption is a .txt file of the same name
-    beside them. Frames are resampled to `fps` (0: as they are), the short side is resized, the centre is kept. All
+    beside them. Frames are thinned out to `fps` (0: as they are), the short side is resized, the centre is kept. All
     frames are held in memory, which is right for the toy preset. Raises UsageError, naming the file and the remedy."""
     latent = False
 
@@ -257,7 +296,7 @@ class LatentFolder:
 
     def __init__(self, folder, frames):
         self.paths, self.frames = clips_in(folder), frames
-        self.only_text = read_tensors(self.paths[0]).keys() == {"text"}
+        self.only_text, self.network = read_tensors(self.paths[0]).keys() == {"text"}, None  # the Config that every clip has to fit, see check()
         negative = Path(folder) / "negative" / "text.safetensors"
         self.negative = read_tensors(negative)["text"].float() if negative.is_file() else None  # (l, d), for guidance
 
@@ -271,13 +310,8 @@ class LatentFolder:
         if self.only_text and cfg.stage != 1:
             raise UsageError(f"{self.paths[0]} holds a caption alone, which is enough for stage 1 and, after it, for stage 2: "
                              f"stage {cfg.stage} needs clips, see data.py encode")
-        batch = self.batch([0])
-        x, text = batch.get("latents"), batch["embeddings"]
-        shape = (1, self.frames, cfg.in_dim, cfg.patch, cfg.patch) if x is None else x.shape
-        if (shape[2] != cfg.in_dim or text.shape[2] != cfg.text_dim or text.shape[1] > cfg.text_len
-                or shape[3] % cfg.patch or shape[4] % cfg.patch):
-            raise UsageError(f"{self.paths[0]} has latents {tuple(shape[1:])} and text {tuple(text.shape[1:])}, the network takes {cfg.in_dim} "
-                             f"channels, sides that divide by {cfg.patch}, text up to {cfg.text_len} x {cfg.text_dim}: choose the preset they were made for")
+        self.network = cfg
+        self._read(self.paths[0])
         return self
 
     def batch(self, indices):
@@ -298,6 +332,12 @@ class LatentFolder:
             raise UsageError(f"{path} holds no clip, which is latents (f, c, h, w) and text (l, d): remove it from the folder")
         if not self.only_text and len(clip["latents"]) < self.frames:
             raise UsageError(f"{path} has {len(clip['latents'])} latent frames, a clip needs {self.frames}: remove it, or lower --frames")
+        if self.network:
+            cfg, text = self.network, tuple(clip["text"].shape)
+            shape = (self.frames, cfg.in_dim, cfg.patch, cfg.patch) if self.only_text else tuple(clip["latents"].shape)
+            if shape[1] != cfg.in_dim or text[1] != cfg.text_dim or text[0] > cfg.text_len or shape[2] % cfg.patch or shape[3] % cfg.patch:
+                raise UsageError(f"{path} has latents {shape} and text {text}, the network takes {cfg.in_dim} channels, sides that divide by "
+                                 f"{cfg.patch}, text up to {cfg.text_len} x {cfg.text_dim}: choose the preset they were made for")
         return clip
 
 
@@ -309,7 +349,8 @@ def dataset(cfg):
 
 
 def held_out(number):
-    """The first `number` clips that training never sees."""
+    """The first `number` clips that are kept for scores. Of the toy world training never sees them; of a folder they are cut from the same
+    videos, so that some are trained on."""
     return range(HELD_OUT, HELD_OUT + number)
 
 
@@ -399,9 +440,9 @@ def save_tensors(path, tensors):
 
 
 def read_text(path):
-    """A text file; UsageError where it is missing or not UTF-8."""
+    """A text file, with or without the mark that Excel puts before it; UsageError where it is missing or not UTF-8."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read as text ({_first_line(error)}): save it as UTF-8, or make it again") from None
 
@@ -500,7 +541,7 @@ class VideoWriter:
                    "-filter_complex", "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none", "-loop", "0"])}
 
     def __init__(self, path, fps=8, zoom=1):
-        self.path, self.fps, self.zoom, self.writer = Path(path), fps, zoom, None
+        self.path, self.fps, self.zoom, self.writer, self.frames = Path(path), fps, zoom, None, 0
         if self.path.suffix.lower() not in self.OPTIONS:
             raise UsageError(f"{path}: write to a name that ends in .mp4 or .gif")
 
@@ -516,9 +557,20 @@ class VideoWriter:
             if self.writer is None:
                 self.writer = write_frames(str(self.temporary), frame.shape[1::-1], fps=self.fps, macro_block_size=1,
                                            ffmpeg_log_level="error", **self.OPTIONS[self.path.suffix.lower()])
-                self.stack.callback(self.writer.close)  # waits for ffmpeg
+                self.stack.push(self._finish)
                 self.writer.send(None)
             self.writer.send(frame)
+            self.frames += 1
+
+    def _finish(self, failed, *_):
+        self.writer.close()  # waits for ffmpeg, whose exit status imageio_ffmpeg does not look at
+        if not failed:
+            try:
+                there = count_frames_and_secs(str(self.temporary))[0]
+            except RuntimeError:
+                there = 0
+            if there != self.frames:
+                raise UsageError(f"cannot write {self.path}: ffmpeg left {there} of {self.frames} frames; free some space or choose another --out")
 
     def __exit__(self, *failure):
         return self.stack.__exit__(*failure)
@@ -571,7 +623,7 @@ def published(path):
         yield
     except ImportError as error:
         raise UsageError(f"{error}: pip install -r requirements-wan.txt") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"the model in {path} cannot be loaded ({_first_line(error)}): download it again") from None
 
 
@@ -654,10 +706,11 @@ def cut(frames, length):
 def encode(args):
     """`python data.py encode`: a .safetensors per clip. Finished videos are skipped, unreadable and short ones listed at the end."""
     size, out, bad = sides(args.size), Path(args.out), []
-    if args.frames % 4 != 1:
+    if args.frames % 4 != 1 or args.frames < 1:
         raise UsageError(f"--frames {args.frames} is not 4 k + 1: use --frames {max(5, args.frames // 4 * 4 + 1)}")
     if bool(args.prompts) == bool(args.videos) or args.videos and not args.vae:
         raise UsageError("name either --videos with --vae, or --prompts")
+    check_device(args.device)
     words = CaptionEncoder(args.text_encoder, device=args.device)
     with torch.no_grad():
         if args.negative is not None or not (out / "negative" / "text.safetensors").is_file():

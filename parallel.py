@@ -51,6 +51,8 @@ def processes(device=""):
     if "RANK" in os.environ:
         cuda = device == "cuda" or not device and torch.cuda.is_available()
         if cuda:
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise UsageError(f"{torch.cuda.device_count()} GPUs are here, torchrun asks for more processes: lower --nproc_per_node, or say --device cpu")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # the first process writes and scores alone at the end of a stage, while the others wait
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
@@ -115,9 +117,12 @@ def matrix_rate(device, dtype=torch.bfloat16, tries=5):
 
 
 def has_bfloat16(device):
-    """Whether this kind of device multiplies bfloat16 with instructions of its own; without them it takes up to 20 times as long as float32."""
+    """Whether this kind of device ("cuda", "mps" or "cpu") multiplies bfloat16 with instructions of its own; without them it takes up to 20
+    times as long as float32."""
+    if device == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return device == "cuda" or device == "cpu" and known.get("avx512_bf16", False)
+    return device == "cpu" and known.get("avx512_bf16", False)
 
 
 def now(device):
@@ -330,13 +335,14 @@ def save_state(run):
     new, done = run.dir / "state" / "new", run.dir / "state" / f"step-{run.step:07d}"
     try:
         dcp.save(state_of(run), checkpoint_id=new)
+        if run.writes:
+            shutil.rmtree(done, ignore_errors=True)
+            new.rename(done)
     except (OSError, CheckpointException) as error:
         shutil.rmtree(new, ignore_errors=True)
         raise UsageError(f"cannot write {done} ({str(error).strip().splitlines()[-1][:150]}): free some space and give the same command "
                          f"again; it goes on from {next(iter(saved_states(run.dir)), 'the beginning')}") from None
     if run.writes:
-        shutil.rmtree(done, ignore_errors=True)
-        new.rename(done)
         for old in saved_states(run.dir)[2:]:
             shutil.rmtree(old, ignore_errors=True)
 

@@ -7,6 +7,7 @@
 rollout() is the one function that writes videos chunk by chunk. Training (stages II and III) and serving both use it,
 which is what closes the train-test gap (Self Forcing, 2506.08009).
 """
+import signal
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -16,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (CaptionEncoder, Flags, PatchCodec, VideoWriter, WanCodec, WordEncoder, dataset, explain, held_out, read_image,
-                  read_json, sides)
+from data import (CaptionEncoder, Flags, PatchCodec, VideoWriter, WanCodec, WordEncoder, asked_to_stop, check_device, dataset, explain, held_out,
+                  read_image, read_json, sides)
 from losses import add_noise, guide, shift_time, x0_from_flow
 from model import PRESETS, Config, KVCache, UsageError, build, load_into, open_weights
 from parallel import now
@@ -188,16 +189,8 @@ def load_codec(folder):
 
 # ---------------------------------------------------------------- the command
 
-def check_device(name):
-    """UsageError where there is no such device."""
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} is not here ({str(error).splitlines()[0][:100]})") from None
-
-
 def newest_stage(root="out"):
-    """The stage under out/ that was finished last."""
+    """The stage that was finished last in a folder under out/."""
     done = sorted(Path(root).glob("*/stage*/ema.safetensors"), key=lambda p: p.stat().st_mtime)
     if not done:
         raise UsageError(f"no finished stage under {root}/: run python train.py first, or name one with --weights")
@@ -255,7 +248,7 @@ def arguments(argv):
     parser.add_argument("--size", help="height x width in pixels, for those; default: 480x832")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--image", help="picture to animate, cut to shape around its centre; networks on latents also do without, from the prompt alone")
-    source.add_argument("--from-data", action="store_true", help="first frame and caption of a clip that was not trained on")
+    source.add_argument("--from-data", action="store_true", help="first frame and caption of a held-out clip")
     parser.add_argument("--prompt", help="what shall happen; default: the caption of the clip, or nothing")
     parser.add_argument("--frames", type=int, default=0, help="frames to write, any number; default: as trained")
     parser.add_argument("--steps", type=int, nargs="+", help="network passes per chunk; several: one for each chunk, the last "
@@ -281,6 +274,9 @@ def arguments(argv):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UsageError(f"--{name} {getattr(args, name)} is too small: use {least} or more")
     check_device(args.device)
+    VideoWriter(args.out)  # refuses a name it cannot write
+    if args.image:
+        read_image(args.image, sides(args.size or "16x16"))  # or a picture that cannot be read, before minutes of loading
     return args
 
 
@@ -305,17 +301,16 @@ def main(argv=None):
 
     began, writing, written, chunks = time.perf_counter(), 0.0, 0, []
     half = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
-    with torch.no_grad(), half, VideoWriter(args.out, args.fps or (16 if codec.ratio > 1 else 8), zoom) as writer:
-        try:
-            for part in tqdm(stream(net, codec, settings, first, text, randn, frames, args.steps), unit="chunk"):
-                drawn = now(first.device)
-                writer.write(part)
-                ended, written = time.perf_counter(), written + len(part)
-                writing += ended - drawn
-                chunks.append((ended - began, ended - began - writing, written))
-        except KeyboardInterrupt:  # what has been written of a long stream is kept
-            if not chunks:
-                raise
+    with (torch.no_grad(), half, VideoWriter(args.out, args.fps or (16 if codec.ratio > 1 else 8), zoom) as writer,
+          asked_to_stop(signal.SIGINT) as came):
+        for part in tqdm(stream(net, codec, settings, first, text, randn, frames, args.steps), unit="chunk"):
+            drawn = now(first.device)
+            writer.write(part)
+            ended, written = time.perf_counter(), written + len(part)
+            writing += ended - drawn
+            chunks.append((ended - began, ended - began - writing, written))
+            if came:  # Ctrl-C: what has been written of a long stream is kept
+                break
     (whole, alone, start), (whole_end, alone_end, _) = chunks[min(first.shape[1], 1, len(chunks) - 1)], chunks[-1]
     print(f"{args.out}: {written} frames of \"{caption}\"; first chunk after {whole:.3f} s"
           + (f", then {(written - start) / (whole_end - whole):.1f} frames a second, without writing the file "

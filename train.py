@@ -11,8 +11,8 @@
     stage 3   adversarial    a bidirectional judge with one logit for the clip     paper eq. 7-10
 
 Stage N leaves in <out>/stageN: weights.safetensors, ema.safetensors, codec.safetensors, config.json, log.jsonl, samples.gif,
-samples.png, metrics.json and state/ to resume from. The next stage starts from the EMA weights (and stage III from fake.safetensors,
-stage II's fake score).
+samples.png, metrics.json, state/ to resume from, and where there are any trajectories/ (stage I) and fake.safetensors (the fake score).
+The next stage starts from the EMA weights, and stage III's fake score from stage II's.
 """
 import argparse
 import contextlib
@@ -21,6 +21,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -38,13 +39,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tqdm import tqdm
 
 import losses as L
-from data import (Draws, Flags, PatchCodec, WordEncoder, clips_in, dataset, explain, held_out, padded, read_json, read_tensors,
-                  save_tensors, write_gif_grid, write_sheet, written_whole)
+from data import (Draws, Flags, PatchCodec, WordEncoder, asked_to_stop, check_device, clips_in, dataset, explain, held_out, padded, read_json,
+                  read_tensors, save_tensors, write_gif_grid, write_sheet, written_whole)
 from discriminator import Discriminator
 from model import PRESETS, Config, Shape, UsageError, block_causal_mask, build, chunk_bounds, load_into, open_weights
 from parallel import (Flops, Muon, averaged, begin_state, has_bfloat16, load_state, matrix_rate, now, own_rows, processes, save_state, saved_states,
                       shard, whole, world)
-from sample import animate, check_device, context_of, frame_times, guided, load_codec, read_settings, rollout, sample_ode, schedule
+from sample import animate, context_of, frame_times, guided, load_codec, read_settings, rollout, sample_ode, schedule
 
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a state of a single process is saved on purpose
@@ -84,7 +85,7 @@ class TrainConfig(Config):
     decay: float = 0.0              # last fraction of the run, over which they fall to zero
     clip: float = 1.0               # largest gradient norm
     ema: float = 0.98               # decay of the running average of the weights
-    max_bad_steps: int = 10         # non-finite steps in a row before giving up
+    max_bad_steps: int = 10         # non-finite updates of a network in a row before giving up
     save_every: int = 200           # steps between saved states; 0: only at the end
     eval_clips: int = 64            # held-out clips behind metrics.json; 0: no scores
     samples: int = 8                # clips in samples.png and samples.gif; 0: no pictures
@@ -131,8 +132,8 @@ RECIPES = {  # preset -> stage -> what differs from the defaults
     "toy": {
         0: dict(iters=1800, muon_lr=0.04, warmup=30, decay=0.4, ema=0.99),
         1: dict(iters=15, muon_lr=0.01, decay=0.5),
-        2: dict(iters=200, dmd=1.0, lr=6e-4, decay=0.5, betas=(0.5, 0.99), ema=0.95, critic_updates=1, score_shift=1.0),
-        3: dict(iters=130, gan=0.3, dmd=1.0, dmd_flow=4.0, guidance=1.0, score_shift=0.3, cache_grad=True, lr=6e-4, betas=(0.5, 0.99),
+        2: dict(iters=150, dmd=1.0, lr=6e-4, decay=0.5, betas=(0.5, 0.99), ema=0.95, critic_updates=1, score_shift=1.0),
+        3: dict(iters=110, gan=0.3, dmd=1.0, dmd_flow=4.0, guidance=1.0, score_shift=0.3, cache_grad=True, lr=6e-4, betas=(0.5, 0.99),
                 decay=0.6, critic_lr=5e-4, critic_betas=(0.0, 0.99), critic_updates=1, disc_updates=2, critic_warmup=20, r_every=4),
     },
 }
@@ -178,7 +179,8 @@ def settle(given, stage):
         raise UsageError(f"--stage {stage} is unknown: choose 0, 1, 2 or 3")
     cfg = TrainConfig(**{**PRESETS[preset], **RECIPES[preset][stage], **given, "stage": stage})
     cfg.out = cfg.out or f"out/{preset}"
-    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else
+                                "mps" if torch.backends.mps.is_available() and "RANK" not in os.environ else "cpu")  # gloo has no mps
     cfg.dtype = cfg.dtype or ("bfloat16" if has_bfloat16(cfg.device) else "float32")
     check(cfg)
     return cfg
@@ -190,7 +192,7 @@ def check(cfg):
     if cfg.frames < 3:
         raise UsageError(f"--frames {cfg.frames} is too short a clip: use 3 or more")
     positive = ("batch_size", "codec_patch", "patch", "levels", "ode_steps", "num_heads", "num_layers", "in_dim", "text_len", "text_dim",
-                "trajectories", "student_steps", "context_parallel", "r_every", "window", "disc_queries", "max_bad_steps", "dim", "ffn_dim", "size")
+                "trajectories", "student_steps", "context_parallel", "r_every", "window", "disc_queries", "max_bad_steps", "dim", "ffn_dim", "freq_dim", "size")
     for name in ("iters", "micro_batch", "save_every", "seed", "lr", "critic_lr", "muon_lr", "backbone_lr", "sink", "eval_clips", "samples",
                  "warmup", "critic_warmup", "fps", *positive):
         if not getattr(cfg, name) >= (1 if name in positive else 0):
@@ -277,7 +279,8 @@ class Run:
         self.dir = stage_folder(cfg)
         self.data, self.words = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim)
         if self.data.latent:
-            self.data = self.data.check(cfg, start_from(cfg)[0] / "trajectories")
+            self.data = self.data.check(cfg, next((p for p in (start_from(cfg)[0], Path(cfg.out) / "stage1") if clips_in(p / "trajectories")),
+                                                  start_from(cfg)[0]) / "trajectories")
         self.negative, self.codec = self.data.negative if self.data.latent else None, None
         if cfg.stage == 0 and not self.data.latent:  # the other stages take over its codec
             self.codec = PatchCodec.fit(self.data.batch(range(max(1, 512 * 32 ** 2 // cfg.size ** 2)))["video"], cfg.codec_patch, cfg.in_dim)
@@ -369,7 +372,7 @@ class Run:
         if self.bad[name] >= cfg.max_bad_steps:
             last = next(iter(saved_states(self.dir)), "none")
             raise UsageError(f"stage {cfg.stage}, step {self.step + 1}: {self.bad[name]} non-finite gradients in a row in {name} "
-                             f"(last good state: {last}): start again with a lower --lr and --no-resume")
+                             f"(last good state: {last}): start again with a lower --lr, under another --tag or with --no-resume")
         if name == "student" and math.isfinite(norm):
             decay = min(cfg.ema, (done + 1) / (done + 10))
             with torch.no_grad():
@@ -658,7 +661,7 @@ def reason_to_stop(past, fraction, multiple, span=20):
     """Why stage II ends after the steps whose logs are `past`, or an empty string: DMD that goes on drifts into still videos
     (paper section 4). The student's motion has fallen to this fraction of its best, or the teacher would change its clips by
     this multiple of the least it ever did. Both are noisy, so means over `span` steps are compared. fraction 0: never."""
-    rows = [log for log in past if "distance" in log] if fraction else []
+    rows = [log for log in past if math.isfinite(log.get("distance", math.nan) + log.get("motion", math.nan))] if fraction else []
     if len(rows) < span:
         return ""
     motion, distance = ([sum(log[name] for log in rows[i:i + span]) / span for i in range(len(rows) - span + 1)] for name in ("motion", "distance"))
@@ -741,20 +744,9 @@ def by_first(function, *args):
     return answer[0]
 
 
-@contextlib.contextmanager
-def terminations():
-    """A list that grows when SIGTERM comes: a scheduler wants the machine back, and leaves time to save."""
-    came = []
-    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def loop(run):
     """The training loop of every stage, to the last step or the early stop; returns its speed and peak memory in words.
-    SIGTERM: saves, exits with 143."""
+    SIGTERM, with which a scheduler takes the machine back, and Ctrl-C: saves after the step under way, exits with 128 + the signal."""
     cfg = run.cfg
     before = (run.dir / "log.jsonl").read_text().splitlines()[:run.step] if run.step and (run.dir / "log.jsonl").is_file() else []
     past = [json.loads(line) for line in before if line.endswith("}")]  # a killed run may leave part of one
@@ -769,8 +761,8 @@ def loop(run):
               + ("processes" if cfg.context_parallel == 1 else f"groups of {cfg.context_parallel} processes") + f" x {share} clips, in {passes} passes")
         with written_whole(run.dir / "log.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(log) + "\n" for log in past))
-    work, counted = Flops(), max(resumed, cfg.critic_warmup)  # the first step in which all networks learn
-    with open(run.dir / "log.jsonl", "a") if run.writes else contextlib.nullcontext() as file, terminations() as came:
+    work, counted = Flops(), max(resumed, cfg.critic_warmup * (cfg.stage > 1))  # the first step in which all networks learn
+    with open(run.dir / "log.jsonl", "a") if run.writes else contextlib.nullcontext() as file, asked_to_stop(signal.SIGTERM, signal.SIGINT) as came:
         while run.step < cfg.iters and not reason:
             with work if run.step == counted else contextlib.nullcontext():
                 log = averaged({**STEPS[cfg.stage](run), "terminated": float(bool(came))})  # all processes act alike
@@ -788,7 +780,7 @@ def loop(run):
                 save_state(run)
             if terminated:
                 bar.write(f"stage {cfg.stage} was terminated and saved at step {run.step}: the same command goes on from there")
-                raise SystemExit(143)
+                raise SystemExit(128 + (came or [signal.SIGTERM])[0])
             if reason := stop():
                 bar.write(f"stage {cfg.stage} stops early at step {run.step}: {reason}")
     bar.close()

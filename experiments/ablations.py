@@ -22,11 +22,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
-from data import Flags, explain
+from data import Flags, explain, read_json
 from model import UsageError
 
 RECIPE = [("stage0", "--stage 0"), ("stage1", "--stage 1"), ("stage2", "--stage 2"), ("stage3", "--stage 3")]
-CONTROLS = [("stage2-longer", "--stage 2 --tag longer --init {out}/stage2 --iters 230 --stop-motion 0 --critic-warmup 0"),
+CONTROLS = [("stage2-longer", "--stage 2 --tag longer --init {out}/stage2 --iters 195 --stop-motion 0 --critic-warmup 0"),
             ("stage3-no-gan", "--stage 3 --tag no-gan --gan 0"),
             ("stage3-no-warmup", "--stage 3 --tag no-warmup --init {out}/stage1")]
 ALONE = "--dmd 0 --gan 1 --lr 1e-4 --betas 0 0.99 --warmup 15 --critic-lr 1e-3 --critic-warmup 40 --disc-updates 3 --iters 160"
@@ -57,9 +57,9 @@ def collect(out, seeds, rows):
     """{row: {score: [one per seed]}} of what has been finished."""
     scores = {}
     for row in rows:
-        found = [json.loads(p.read_text()) for s in seeds if (p := Path(out) / f"seed{s}" / row / "metrics.json").is_file()]
+        found = {s: read_json(p) for s in seeds if (p := Path(out) / f"seed{s}" / row / "metrics.json").is_file()}
         if found:
-            scores[row] = {name: [f[name] for f in found if name in f] for name in COLUMNS}
+            scores[row] = {name: [f[name] for f in found.values() if name in f] for name in COLUMNS} | {"seeds": list(found)}
     return scores
 
 
@@ -73,14 +73,13 @@ def table(scores):
 
     lines = ["| | seeds | " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * (len(COLUMNS) + 2)]
     for row, values in scores.items():
-        seeds = max(len(v) for v in values.values())
-        lines.append(f"| {row} | {seeds} | " + " | ".join(cell(values[name]) for name in COLUMNS) + " |")
+        lines.append(f"| {row} | {len(values['seeds'])} | " + " | ".join(cell(values[name]) for name in COLUMNS) + " |")
     return "\n".join(lines)
 
 
 def ratios(scores, a, b, names=("quality_error", "last_error", "error_growth", "drift", "jitter", "displacement")):
     """One line: the means of row a over those of row b."""
-    if a not in scores or b not in scores or len(scores[a][names[0]]) != len(scores[b][names[0]]):  # not of the same seeds
+    if a not in scores or b not in scores or scores[a]["seeds"] != scores[b]["seeds"]:
         return ""
     parts = [f"{COLUMNS[n]} {statistics.mean(scores[a][n]) / statistics.mean(scores[b][n]):.2f}" for n in names
              if scores[a][n] and scores[b][n]]

@@ -23,11 +23,11 @@ HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
 import train
-from data import Flags, explain, save_tensors
+from data import Flags, check_device, explain, save_tensors
 from experiments.plan import Rehearsal, plan
 from model import PRESETS, Config, UsageError, build, load_into, open_weights
 from parallel import Flops, matrix_rate, now, own_rows, processes, shard, world
-from sample import check_device, rollout
+from sample import rollout
 
 PAPER = {("wan-1.3b", 1): 43.37, ("wan-1.3b", 4): 17.70, ("wan-14b", 1): 14.33, ("wan-14b", 4): 5.71}  # frames/s, one H100, VAE included
 
@@ -113,7 +113,10 @@ def measured_step(cfg):
 
 def bench_step(args, device, rest):
     """A table of training steps: seconds, and the peak against what plan.py said."""
-    given = {**train.parse(rest), "device": device.type, **({"latent_size": tuple(args.latent_size)} if args.latent_size else {})}
+    given = train.parse(rest)
+    if {"plan", "gpus"} & given.keys():
+        raise UsageError("bench.py step measures, and prints the plan beside it: leave out --plan and --gpus")
+    given = {**given, "device": device.type, **({"latent_size": tuple(args.latent_size)} if args.latent_size else {})}
     print("| preset | stage | clips | s a step | peak GB | planned GB | planned / peak |\n|" + "---|" * 7)
     for preset in args.preset:
         for stage in args.stages:
@@ -128,7 +131,8 @@ def bench_step(args, device, rest):
 
 def anonymous():
     """Bytes of this process that are its own. Pages of a mapped file are not: the system takes them back when it likes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.is_file() else ():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
     raise UsageError("bench.py load reads /proc/self/status, which only Linux has")
@@ -168,7 +172,8 @@ def bench_load(args):
                 out = subprocess.run([sys.executable, *launcher, __file__, "load-here", "--preset", preset, "--path", folder],
                                      capture_output=True, text=True)
                 if out.returncode:
-                    raise UsageError("loading failed: " + [line for line in out.stderr.splitlines() if "Error" in line or "error" in line][-1])
+                    why = [line for line in out.stderr.splitlines() if "rror" in line] or [f"exit status {out.returncode}, was it short of memory?"]
+                    raise UsageError(f"loading failed: {why[-1]}")
                 rows = [[int(n) for n in line.split(": ")[1].split()] for line in out.stdout.splitlines() if line.startswith("rank")]
                 share, peak = max(rows, key=lambda row: row[1] / row[0])
                 print(f"| {preset} | {number} | {share / 1e9:.3f} | {peak / 1e9:.3f} | {peak / share:.2f} | "

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import COLOURS, Draws, Flags, KINDS, VIDEO_ENDINGS, ToyWorld, WordEncoder, dataset, explain, held_out, read_json, read_video, written_whole
 from model import UsageError
+from parallel import has_bfloat16
 from sample import animate, load_stage
 from train import TrainConfig
 
@@ -133,13 +134,12 @@ def exact_scores(world, state, video, first=1, chunk=3):
     truth = world.centres(state, video.shape[1])
     found, always = error < BROKEN, torch.ones_like(error, dtype=torch.bool)
     background, colour = world.layers(state)
-    silhouette = world.coverage(state["kind"], torch.full((len(video), 2), world.size / 2))
     middle, half = world.size // 2, int(world.radius) + 1
+    silhouette = world.coverage(state["kind"], torch.full((len(video), 2), middle - 0.5))  # around the centre of a pixel, as crops() cuts
     silhouette = silhouette[:, None, None, middle - half - 1:middle + half, middle - half - 1:middle + half]
     contrast = (colour - background).square().mean((1, 2, 3))[:, None]
     cut = crops(world, video, position)
-    weight = silhouette[..., :cut.shape[-2], :cut.shape[-1]]
-    differ = lambda a, b: ((a - b).square() * weight).sum((2, 3, 4)) / (weight.sum((2, 3, 4)) * 3 * contrast)
+    differ = lambda a, b: ((a - b).square() * silhouette).sum((2, 3, 4)) / (silhouette.sum((2, 3, 4)) * 3 * contrast)
     cover = world.coverage(state["kind"].repeat_interleave(video.shape[1]), position.flatten(0, 1)).view(*error.shape, 1, *video.shape[3:])
     bare = (F.max_pool2d(cover.flatten(0, 1), 3, 1, 1).view_as(cover) < 0.01).float()
     differ_bg = lambda a, b: ((a - b).square() * bare).sum((2, 3, 4)) / (bare.sum((2, 3, 4)) * 3 * contrast)
@@ -153,7 +153,6 @@ def exact_scores(world, state, video, first=1, chunk=3):
         "first_error": error[:, first:first + chunk].mean().item(),
         "last_error": error[:, -chunk:].mean().item(),
         "error_growth": (error[:, -chunk:] - error[:, first:first + chunk]).mean().item(),
-        "bad_clips": (error[:, made].mean(1) > 0.1).float().mean().item(),
         "dynamic_degree": moved(position, found, 1).mean().item() / moved(truth, always, 1).mean().item(),
         "displacement": moved(position, found, LAG).mean().item() / moved(truth, always, LAG).mean().item(),
         "jitter": jitter(position),
@@ -169,10 +168,11 @@ def exact_scores(world, state, video, first=1, chunk=3):
 
 
 def drift(quality, segments=8):
-    """Standard deviation of imaging quality over temporal segments of a long rollout, averaged over videos (paper, sec. 5).
+    """Standard deviation of imaging quality over temporal segments of a long rollout, of as equal length as can be, averaged over
+    videos (paper, sec. 5).
 
     quality: (b, f), 0-100."""
-    parts = torch.stack([part.mean(1) for part in quality.chunk(segments, 1)], 1)
+    parts = torch.stack([part.mean(1) for part in quality.tensor_split(min(segments, quality.shape[1]), 1)], 1)
     return parts.std(1, unbiased=False).mean().item()
 
 
@@ -207,7 +207,7 @@ def make(net, codec, settings, clips, frames, steps, at_once=64):
         part = clips[i:i + at_once]
         raw, draws = data.batch(part), Draws(part, "evaluate")
         x0 = codec.encode(raw["video"])
-        with torch.autocast("cpu", torch.bfloat16, enabled=settings["dtype"] == "bfloat16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings["dtype"] == "bfloat16" and has_bfloat16("cpu")):
             x = animate(net, settings, x0[:, :cfg.first], words.encode(raw["text"]), lambda n: draws.randn(n, *x0.shape[2:]), frames, steps)
         made.append(codec.decode(x))
         raws.append(raw)
@@ -248,6 +248,8 @@ def folder_scores(folder, size=32):
         raise UsageError(f"{folder} holds neither a finished stage nor videos named by clip number (0.mp4, 1.mp4, ...)")
     videos = [read_video(p, size) for p in paths]
     frames = min(len(v) for v in videos)
+    if frames < 3:
+        raise UsageError(f"{paths[min(range(len(videos)), key=lambda i: len(videos[i]))]} has {frames} frames: a clip to score has 3 or more")
     world = ToyWorld(size, frames)
     state = world.state([held_out(1)[0] + int(p.stem) for p in paths])
     return {"stage": Path(folder).name, "clips": len(paths), **exact_scores(world, state, torch.stack([v[:frames] for v in videos]).float() / 127.5 - 1)}

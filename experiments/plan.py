@@ -251,7 +251,8 @@ def main(argv=None):
     parser.add_argument("--plan", action="store_true", help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args(argv)
     given = train.parse(rest)
-    if min(args.gpus) < 1 or any(n % given.get("context_parallel", 1) for n in args.gpus):
+    share = given.get("context_parallel", 1)
+    if min(*args.gpus, share) < 1 or any(n % share for n in args.gpus):
         raise UsageError(f"--gpus {' '.join(map(str, args.gpus))}: at least 1, and a multiple of --context-parallel")
     chosen = [("wan-1.3b", 1), ("wan-1.3b", 8), ("wan-14b", 8), ("wan-14b", 64)] if args.table else [
         (given.get("preset", "toy"), n) for n in args.gpus]
