@@ -439,6 +439,10 @@ class KVCache:
 
     A pass over a chunk writes `present`, over whatever an earlier pass on the same chunk wrote; commit() ends the chunk.
     Memory is constant: (sink + window + chunk) * tokens * 2 * dim values a layer, a chunk more while a context pass rides along.
+
+    An example, frames 0 | 1-3 | 4-6: frame 0 is past, 1-3 have been written and are to enter the cache while 4-6 are made, in one
+    call of 6 frames with closing=3. views(6, 3) says that frames 1-3 see 0-3 and frames 4-6 see 0-6; commit(3) then makes 1-3 past,
+    and 4-6 the present. With sink 1 and window 6, frames 7-9 see 0-9, and once they are committed 1-3 are forgotten.
     """
 
     def __init__(self, sink=1, window=None, relative=True, detach=True):

@@ -263,7 +263,8 @@ class Batch:
 
 
 class Run:
-    """A stage at work: settings, data, networks and their optimizers, the step, the log."""
+    """A stage at work: settings, data, networks and their optimizers, the step, the log. train() goes through its life:
+    look (what is there?), Run, claim (the folder), prepare (networks), load_state, loop, export, show, score."""
 
     def __init__(self, cfg):
         self.cfg, self.step, self.before, self.bad, self.began = cfg, 0, steps_before(cfg), {}, time.time()
@@ -492,7 +493,10 @@ def disc_step(run, clips, update):
 
 
 def distil_step(run):
-    """Stages II and III: roll out, move the student along the chosen terms, let the critics follow on the same clips."""
+    """Stages II and III: roll out, move the student along the chosen terms, let the critics follow on the same clips.
+
+    A term gives a direction for the clip: the gradient of its loss by the latents x, not by any weight. Their weighted sum goes into
+    x.backward(), which carries it through the rollout into the student; the critics see x without its graph."""
     cfg, clips, log = run.cfg, [], {}
     moving = run.step >= cfg.critic_warmup
     terms = [(w, f) for w, f in ((cfg.dmd, dmd_gradient), (cfg.gan, gan_gradient)) if w]
@@ -687,6 +691,11 @@ def fingerprint(path):
 
 def look(cfg, folder, follows):
     """What is to be done about a stage's folder: "keep" what is finished, "train" it (or train on), or train it "anew".
+
+        --no-resume                                        anew
+        no settings there, or nothing trained              train (a saved state without settings: UsageError)
+        settings or origin others than asked for           UsageError, but anew where only the origin is another and the stage `follows`
+        the same, metrics.json there or not                keep, or train on from the saved state
 
     follows: the stage before has just been trained by the same command, so what started from its old weights is out of date.
     UsageError where the folder's settings or origin are others than those asked for. Changes nothing."""

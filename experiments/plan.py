@@ -2,7 +2,7 @@
 
     python train.py --preset wan-14b --stage 3 --plan --gpus 64        the same, from the training command
     python experiments/plan.py --preset wan-1.3b --gpus 8 --micro-batch 1 --recompute
-    python experiments/plan.py --table                                  the table of the README
+    python experiments/plan.py --table --micro-batch 1 --recompute      the table of the README
 
 Weights, gradients, optimizer states, running average and frozen networks are counted from shapes, tensor by tensor, and cut
 as FSDP2 cuts them. Activations are not guessed by a formula: the very training step of train.py runs on tensors
@@ -247,7 +247,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = Flags(__doc__)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1], help="devices that share the weights")
-    parser.add_argument("--table", action="store_true", help="the README's: 1.3B on 1 and 8 devices, 14B on 8 and 64")
+    parser.add_argument("--table", action="store_true", help="the rows of the README's table: 1.3B on 1 and 8 devices, 14B on 8 and 64")
     parser.add_argument("--plan", action="store_true", help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args(argv)
     given = train.parse(rest)
