@@ -94,14 +94,12 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
         return noisy.detach(), frame_times(level, x, 0)
 
     def flow(x, t):
-        """One pass, in which a finished chunk enters the cache as well; a pass of its own only where one of the two is to carry a
-        gradient and the other not: the exit pass without cache_grad, the passes before it with cache_grad."""
         nonlocal context
         if context is None:
             return model(x, t, text, cache=cache)
         before, n = context, context[0].shape[1]
         context = None
-        if grad and torch.is_grad_enabled() != cache_grad:  # one of the two is to carry a gradient, the other not
+        if grad and torch.is_grad_enabled() != cache_grad:  # one carries a gradient, the other not (exit pass without cache_grad, others with it)
             with torch.set_grad_enabled(cache_grad):
                 model(*before, text, cache=cache)
                 cache.commit()
