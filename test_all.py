@@ -1394,7 +1394,7 @@ def test_planned_activations_are_those_of_a_run(stage, more):
 
 
 def test_deep_networks_are_rehearsed_at_two_depths(monkeypatch):
-    cfg = replace(small_settings(2, "--recompute", "--num-layers", "6"), critic_warmup=0)
+    cfg = small_settings(1, "--recompute", "--num-layers", "6")
     whole = plan.rehearse(cfg, 1, {})
     monkeypatch.setattr(plan, "DEPTHS", (2, 4))
     peak, flops, _ = plan.rehearse(cfg, 1, {})
@@ -1544,7 +1544,10 @@ MAINS = {"train.py": train.main, "sample.py": sample.main, "data.py": data.main,
 
 
 def run_readme_command(command, status, cwd):
-    """A command of the README: python's in this process, which saves starting it, torchrun's and pytest's in their own."""
+    """A command of the README: python's in this process, which saves starting it, pytest's and the first torchrun's in their own."""
+    if command[0] == "torchrun" and "--preset" in command:  # a small Wan: on as many processes, but without torchrun's start
+        several_processes(2, cwd, *command[command.index("train.py") + 1:])
+        return
     if command[0] != "python":
         shell(*command, cwd=cwd, status=status)
         return
@@ -1565,9 +1568,9 @@ def check_table(command, said):
     if "bench.py stream" in text:
         assert [row[:4] for row in rows] == [["toy", "8 x 8", steps, how] for steps in "14" for how in ("yes", "reused")]
     elif "bench.py step" in text:
-        assert [row[:2] for row in rows] == [["toy", "2"], ["toy", "3"]] and all(0.85 < float(row[-1]) < 1.15 for row in rows)
+        assert [row[:2] for row in rows] == [["toy", "3"]] and 0.85 < float(rows[0][-1]) < 1.15
     elif "bench.py load" in text:
-        assert [row[:3] for row in rows] == [["toy", "1", "0.005"], ["toy", "2", "0.003"]]
+        assert [row[:3] for row in rows] == [["toy", "1", "0.005"], ["toy", "2", "0.002"]]
     elif "--plan" in command:
         assert [row[:3] for row in rows] == [["wan-14b", "3", "64"]] and "PFLOP" in said
     elif "--table" in command:
@@ -1590,13 +1593,13 @@ def shortened(line, folder, wan):
     if "wan-1.3b" in command or "wan-14b" in command:
         more = [*WAN[2:], *(["--latent-size", "8", "8"] if "out/wan-texts" in command else [])]  # captions alone do not tell it
     if "--plan" in command or "--table" in command:
-        more = [*WAN[2:], "--batch-size", "64", "--stage", "3"]  # of 64 devices
+        more = [*WAN[2:], "--batch-size", "64", "--stage", "1" if "--table" in command else "3"]  # of 64 devices
     if script == "sample.py" and "--vae" in command:
         more = ["--size", "32x48"]
     elif "encode" in command and "--videos" in command:
         more = ["--size", "32x48", "--frames", "9", "--fps", "0"]
     elif "bench.py step" in line:
-        more = SMALL
+        more = [*SMALL, "--stages", "3"]
     elif command[0] == "pytest":
         more = ["--collect-only"]
     if command[0] == "torchrun":
