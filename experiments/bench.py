@@ -9,6 +9,7 @@ Weights are random: speed and memory do not depend on them. The video VAE is not
 import argparse
 import gc
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -44,8 +45,8 @@ def header(device):
 def stream(cfg, device, dtype, size, steps, reuse, chunks=6):
     """(seconds to the first chunk, frames a second after it, FLOP/s of the last chunk) of the network alone.
 
-    Frames are those of the video: a latent frame of Wan's is four. The rate is that of the last chunks, when the window is
-    full. With `reuse`, a finished chunk enters the cache as the last pass left it, which saves its context pass."""
+    Frames are those of the video: a latent frame of Wan's is four. The rate is the median of the second half of the
+    chunks, when the window is full. With `reuse`, a finished chunk enters the cache as the last pass left it, which saves its context pass."""
     net = unset(cfg).to(dtype).to_empty(device=device)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.02)
@@ -60,7 +61,8 @@ def stream(cfg, device, dtype, size, steps, reuse, chunks=6):
                 times.append(now(device) - began)
         with work:
             next(parts)
-    per_chunk = (times[-1] - times[-3]) / 2 if len(times) > 3 else times[-1] - times[-2]
+    seconds = [end - start for start, end in zip(times[1:], times[2:])]
+    per_chunk = statistics.median(seconds[-max(2, len(seconds) // 2):])
     frames = cfg.chunk * (4 if cfg.in_dim == 16 else 1)
     return times[1] - times[0], frames / per_chunk, work.flops / per_chunk
 
@@ -187,7 +189,7 @@ def main(argv=None):
     parser.add_argument("--preset", nargs="+", default=["toy"], help="shapes to measure")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4], help="stream: passes per chunk")
-    parser.add_argument("--chunks", type=int, default=6, help="stream: chunks per measurement")
+    parser.add_argument("--chunks", type=int, default=12, help="stream: chunks per measurement")
     parser.add_argument("--latent-size", type=int, nargs=2, help="stream and step: height and width of a latent frame; default: 60 104")
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3], help="step: stages to measure; further flags are train.py's")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="load: numbers of processes")
