@@ -301,10 +301,11 @@ class LatentFolder:
         self.negative = read_tensors(negative)["text"].float() if negative.is_file() else None  # (l, d), for guidance
 
     def check(self, cfg, trajectories):
-        """The folder to train on: this one, or, for stage 2 where only captions are given, the ends of stage 1's `trajectories`.
+        """The folder to train on: this one, or, for stage 2 where only captions are given, the ends of stage 1's trajectories, in the first
+        of the folders `trajectories` that holds any.
         UsageError unless channels and text are what the network of `cfg` takes."""
-        if self.only_text and cfg.stage == 2 and clips_in(trajectories):
-            clips = LatentFolder(trajectories, self.frames)
+        if self.only_text and cfg.stage == 2 and (made := next(filter(clips_in, trajectories), None)):
+            clips = LatentFolder(made, self.frames)
             clips.negative = self.negative
             return clips.check(cfg, trajectories)
         if self.only_text and cfg.stage != 1:

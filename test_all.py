@@ -1044,6 +1044,7 @@ def test_captions_alone_are_enough_for_two_stages(tmp_path, capsys):
     for stage in "12":
         train.main(["--stage", stage, *flags, str(tmp_path / "texts")])
         (tmp_path / "texts" / ".2.99.tmp.safetensors").write_bytes(b"a file that is being written")
+    train.main(["--stage", "2", "--init", str(tmp_path / "out/stage2"), "--tag", "longer", *flags, str(tmp_path / "texts")])  # trained on
     states = load_file(tmp_path / "out/stage1/trajectories/000000.safetensors")["states"]
     assert states.shape == (5, 9, 4, 4, 6) and (states[0] - states[-1])[0].abs().max() > 0.1  # the image is made, too
     with pytest.raises(SystemExit):
@@ -1238,7 +1239,7 @@ def test_what_disks_devices_and_people_do_is_one_sentence(error, said, status, c
     assert stop.value.code == status and said in capsys.readouterr().err
 
 
-def test_ctrl_c_saves_first(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_saves_first(tmp_path, monkeypatch):
     def step(run):
         if run.step == 1:
             os.kill(os.getpid(), signal.SIGINT)
@@ -1248,6 +1249,39 @@ def test_ctrl_c_saves_first(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--out", str(tmp_path), "--stage", "0", "--iters", "9", *SMALL])
     assert stop.value.code == 130 and [p.name for p in train.saved_states(tmp_path / "stage0")] == ["step-0000002"]
+
+
+def test_the_second_ctrl_c_does_what_it_always_did():
+    with pytest.raises(KeyboardInterrupt), data.asked_to_stop(signal.SIGINT) as came:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert came == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    with pytest.raises(M.UsageError, match="cpu:0: say cuda, mps or cpu"):
+        data.check_device("cpu:0")
+    monkeypatch.setenv("RANK", "99")
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(M.UsageError, match="torchrun asks for more processes"), parallel.processes("cuda"):
+        pytest.fail("there are not 100 GPUs")
+
+
+def test_a_mask_lies_on_its_object():
+    """In what is cut out around an object, its silhouette is centred; a triangle's in width only."""
+    world = data.ToyWorld(32, 3)
+    mask = evaluate.silhouettes(world, torch.arange(3))[:, 0, 0]
+    ticks = torch.arange(mask.shape[-1]) - (mask.shape[-1] - 1) / 2
+    for sums, kinds in ((mask.sum(1), [0, 1, 2]), (mask.sum(2), [0, 1])):
+        assert (sums @ ticks)[kinds].abs().max() < 1e-3 and mask.sum() > 50
+
+
+def test_a_video_of_one_frame_is_not_scored(tmp_path):
+    with data.VideoWriter(tmp_path / "0.gif") as writer:
+        writer.write(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(M.UsageError, match="0.gif has 1 frames"):
+        evaluate.main([str(tmp_path)])
 
 
 def test_a_video_that_ffmpeg_cut_short_is_not_kept(tmp_path, monkeypatch):
@@ -1261,7 +1295,7 @@ def test_every_clip_of_a_folder_has_to_fit(tmp_path):
     """Not only the first: the others are read in the middle of a training."""
     for name, length in (("a", 4), ("b", 5)):
         save_file({"latents": torch.zeros(9, 4, 4, 6), "text": torch.zeros(length, 8)}, tmp_path / f"{name}.safetensors")
-    folder = data.LatentFolder(tmp_path, 9).check(train.TrainConfig(in_dim=4, text_dim=8, text_len=4, patch=2, stage=3), tmp_path)
+    folder = data.LatentFolder(tmp_path, 9).check(train.TrainConfig(in_dim=4, text_dim=8, text_len=4, patch=2, stage=3), [])
     with pytest.raises(M.UsageError, match="b.safetensors has latents .* text up to 4 x 8"):
         folder.batch(range(20))
 
@@ -1394,7 +1428,7 @@ def test_planned_activations_are_those_of_a_run(stage, more):
 
 
 def test_deep_networks_are_rehearsed_at_two_depths(monkeypatch):
-    cfg = small_settings(1, "--recompute", "--num-layers", "6")
+    cfg = replace(small_settings(2, "--recompute", "--num-layers", "6"), critic_warmup=0)
     whole = plan.rehearse(cfg, 1, {})
     monkeypatch.setattr(plan, "DEPTHS", (2, 4))
     peak, flops, _ = plan.rehearse(cfg, 1, {})
@@ -1480,7 +1514,7 @@ def test_an_interrupted_stream_is_kept(small_run, tmp_path, monkeypatch, capsys)
         yield torch.zeros(1, 3, 32, 32)
         os.kill(os.getpid(), signal.SIGINT)
         yield torch.zeros(3, 3, 32, 32)
-        yield from pytest.fail("went on after Ctrl-C")
+        pytest.fail("went on after Ctrl-C")
 
     monkeypatch.setattr(sample, "stream", interrupted)
     for ending in ("mp4", "gif"):
@@ -1568,7 +1602,7 @@ def check_table(command, said):
     if "bench.py stream" in text:
         assert [row[:4] for row in rows] == [["toy", "8 x 8", steps, how] for steps in "14" for how in ("yes", "reused")]
     elif "bench.py step" in text:
-        assert [row[:2] for row in rows] == [["toy", "3"]] and 0.85 < float(rows[0][-1]) < 1.15
+        assert [row[:2] for row in rows] == [["toy", "2"], ["toy", "3"]] and all(0.85 < float(row[-1]) < 1.15 for row in rows)
     elif "bench.py load" in text:
         assert [row[:3] for row in rows] == [["toy", "1", "0.005"], ["toy", "2", "0.002"]]
     elif "--plan" in command:
@@ -1593,13 +1627,13 @@ def shortened(line, folder, wan):
     if "wan-1.3b" in command or "wan-14b" in command:
         more = [*WAN[2:], *(["--latent-size", "8", "8"] if "out/wan-texts" in command else [])]  # captions alone do not tell it
     if "--plan" in command or "--table" in command:
-        more = [*WAN[2:], "--batch-size", "64", "--stage", "1" if "--table" in command else "3"]  # of 64 devices
+        more = [*WAN[2:], "--batch-size", "64", "--stage", "3"]  # of 64 devices
     if script == "sample.py" and "--vae" in command:
         more = ["--size", "32x48"]
     elif "encode" in command and "--videos" in command:
         more = ["--size", "32x48", "--frames", "9", "--fps", "0"]
     elif "bench.py step" in line:
-        more = [*SMALL, "--stages", "3"]
+        more = SMALL
     elif command[0] == "pytest":
         more = ["--collect-only"]
     if command[0] == "torchrun":

@@ -280,8 +280,7 @@ class Run:
         self.dir = stage_folder(cfg)
         self.data, self.words = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim)
         if self.data.latent:
-            self.data = self.data.check(cfg, next((p for p in (start_from(cfg)[0], Path(cfg.out) / "stage1") if clips_in(p / "trajectories")),
-                                                  start_from(cfg)[0]) / "trajectories")
+            self.data = self.data.check(cfg, [stage / "trajectories" for stage in (start_from(cfg)[0], Path(cfg.out) / "stage1")])
         self.negative, self.codec = self.data.negative if self.data.latent else None, None
         if cfg.stage == 0 and not self.data.latent:  # the other stages take over its codec
             self.codec = PatchCodec.fit(self.data.batch(range(max(1, 512 * 32 ** 2 // cfg.size ** 2)))["video"], cfg.codec_patch, cfg.in_dim)

@@ -11,7 +11,6 @@
     stage3-gan-alone       the adversarial term without DMD at its side, as in the paper
     stage3-<judge>         the same with another judge, causal or bidirectional, frame-wise or video-wise (the paper's table 3)
 """
-import json
 import os
 import statistics
 import subprocess

@@ -42,7 +42,7 @@ def header(device):
 # ---------------------------------------------------------------- streaming
 
 @torch.no_grad()
-def stream(cfg, device, dtype, size, steps, reuse, chunks=6):
+def stream(cfg, device, dtype, size, steps, reuse, chunks):
     """(seconds to the first chunk, frames a second after it, FLOP/s of the last chunk) of the network alone.
 
     Frames are those of the video: a latent frame of Wan's is four. The rate is the median of the second half of the

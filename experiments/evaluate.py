@@ -103,6 +103,12 @@ def crops(world, video, position):
     return cut.unflatten(0, (b, f))
 
 
+def silhouettes(world, kind):
+    """The object's mask (b, 1, 1, k, k) in what crops() cuts out."""
+    centre = torch.full((len(kind), 1, 2), world.size // 2 - 0.5)  # of a pixel, so that nothing is interpolated
+    return crops(world, world.coverage(kind, centre[:, 0])[:, None, None], centre)
+
+
 # ---------------------------------------------------------------- scores
 
 def physical_path(world, state, position):
@@ -134,11 +140,8 @@ def exact_scores(world, state, video, first=1, chunk=3):
     truth = world.centres(state, video.shape[1])
     found, always = error < BROKEN, torch.ones_like(error, dtype=torch.bool)
     background, colour = world.layers(state)
-    middle, half = world.size // 2, int(world.radius) + 1
-    silhouette = world.coverage(state["kind"], torch.full((len(video), 2), middle - 0.5))  # around the centre of a pixel, as crops() cuts
-    silhouette = silhouette[:, None, None, middle - half - 1:middle + half, middle - half - 1:middle + half]
     contrast = (colour - background).square().mean((1, 2, 3))[:, None]
-    cut = crops(world, video, position)
+    cut, silhouette = crops(world, video, position), silhouettes(world, state["kind"])
     differ = lambda a, b: ((a - b).square() * silhouette).sum((2, 3, 4)) / (silhouette.sum((2, 3, 4)) * 3 * contrast)
     cover = world.coverage(state["kind"].repeat_interleave(video.shape[1]), position.flatten(0, 1)).view(*error.shape, 1, *video.shape[3:])
     bare = (F.max_pool2d(cover.flatten(0, 1), 3, 1, 1).view_as(cover) < 0.01).float()
