@@ -529,8 +529,12 @@ def frames_of(path, size, fps=0.0):
 
 
 def read_video(path, size, fps=0.0):
-    """All frames of a video file or a folder of images: (f, 3, h, w) uint8."""
-    return torch.stack(list(frames_of(path, size, fps)))
+    """All frames of a video file or a folder of images: (f, 3, h, w) uint8. Gathered in blocks: a small tensor left between the large ones
+    that every frame goes through keeps their memory from being used again (100,000 frames of 256 x 256 took 22 GB for 0.3)."""
+    frames, blocks = frames_of(path, size, fps), []
+    while block := list(itertools.islice(frames, 64)):
+        blocks.append(torch.stack(block))
+    return torch.cat(blocks)
 
 
 class VideoWriter:
