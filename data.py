@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from imageio.v3 import improps, imread
 from imageio_ffmpeg import count_frames_and_secs, write_frames
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -48,8 +49,10 @@ def explain():
         said, status = error, 2
     except OSError as error:
         said, status = f"{error.filename or 'the file system'}: {error.strerror or error}: check the path, its permissions and the free space", 2
-    except torch.OutOfMemoryError as error:
-        said, status = f"out of memory on the device ({_first_line(error)}): lower --micro-batch, or give it --recompute or more devices", 2
+    except (RuntimeError, MemoryError) as error:  # the CPU's allocator has no exception of its own
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        said, status = f"out of memory ({_first_line(error)}): lower --micro-batch, or give it --recompute or more devices", 2
     except KeyboardInterrupt:
         said, status = "interrupted", 130
     else:
@@ -104,10 +107,11 @@ def written_whole(path):
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # so that a folder that cannot be written says so, and not ffmpeg
         yield temporary
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
-        raise UsageError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; free some space or choose another --out") from error
+        raise UsageError(f"cannot write {path}: {getattr(error, 'strerror', None) or _first_line(error)}; free some space or choose another place") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -258,9 +262,9 @@ class VideoFolder:
             video = read_video(path, size, fps)
             if len(video) < frames:
                 raise UsageError(f"{path} has {len(video)} frames, a clip needs {frames}: remove it, or lower --frames"
-                                 + (" or --fps" if fps else ""))
+                                 + (", or raise --fps" if fps else ""))
             self.clips.append(video)
-            sidecar = path.with_suffix(".txt")
+            sidecar = path.with_name(f"{path.name}.txt") if path.is_dir() else path.with_suffix(".txt")
             self.texts.append(read_text(sidecar).strip() if sidecar.is_file() else "")
         starts = torch.tensor([len(v) - frames + 1 for v in self.clips], dtype=torch.float64)
         self.weights = (starts / starts.sum()).tolist()
@@ -437,7 +441,9 @@ class PatchCodec:
 def save_tensors(path, tensors):
     """A dict of tensors as one safetensors file, whole or not at all."""
     with written_whole(path) as temporary:
+        mode = temporary.stat().st_mode  # as the user's umask has it; safetensors makes files that nobody else may read
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
+        temporary.chmod(mode)
 
 
 def read_text(path):
@@ -487,14 +493,16 @@ def fit_frame(frame, size):
 
 
 def picture(path):
-    """An image file (H, W, 3) uint8, turned as its camera says; grey, palettes, CMYK and transparency become RGB."""
-    return iio.imread(path, rotate=True, mode="RGB")
+    """An image file (H, W, 3) uint8, turned as its camera says; grey (of 8 or 16 bits), palettes, CMYK and transparency become RGB."""
+    if improps(path, plugin="pillow").dtype == np.uint16:  # which Pillow would cut off at 255
+        return (imread(path, plugin="pillow", rotate=True) >> 8).astype(np.uint8)[..., None].repeat(3, 2)
+    return imread(path, plugin="pillow", rotate=True, mode="RGB")
 
 
 def read_image(path, size):
-    """An image file as a clip of one frame: (1, 1, 3, size, size) in [-1, 1]."""
+    """An image file as a clip of one frame: (1, 1, 3, h, w) in [-1, 1], size = (h, w) or the side of a square."""
     if not Path(path).is_file():
-        raise UsageError(f"{path} does not exist: --image takes an image file")
+        raise UsageError(f"{path} is not a file: --image takes an image file")
     try:
         frame = picture(path)
     except Exception as error:
@@ -560,7 +568,7 @@ class VideoWriter:
         for frame in to_uint8(frames):
             frame = np.ascontiguousarray(enlarged(frame, self.zoom))
             if self.writer is None:
-                self.writer = write_frames(str(self.temporary), frame.shape[1::-1], fps=self.fps, macro_block_size=1,
+                self.writer = write_frames(f"file:{self.temporary}", frame.shape[1::-1], fps=self.fps, macro_block_size=1,
                                            ffmpeg_log_level="error", **self.OPTIONS[self.path.suffix.lower()])
                 self.stack.push(self._finish)
                 self.writer.send(None)
@@ -575,7 +583,7 @@ class VideoWriter:
             except RuntimeError:
                 there = 0
             if there != self.frames:
-                raise UsageError(f"cannot write {self.path}: ffmpeg left {there} of {self.frames} frames; free some space or choose another --out")
+                raise UsageError(f"cannot write {self.path}: ffmpeg left {there} of {self.frames} frames; free some space or choose another place")
 
     def __exit__(self, *failure):
         return self.stack.__exit__(*failure)
@@ -614,7 +622,7 @@ def sides(size):
         height, width = (int(n) for n in size.split("x"))
     except ValueError:
         height = width = 1
-    if height % 16 or width % 16:
+    if height % 16 or width % 16 or min(height, width) < 16:
         raise UsageError(f"--size {size} is not height x width in multiples of 16: use --size 480x832")
     return height, width
 
@@ -716,15 +724,18 @@ def encode(args):
     if bool(args.prompts) == bool(args.videos) or args.videos and not args.vae:
         raise UsageError("name either --videos with --vae, or --prompts")
     check_device(args.device)
+    sources = sorted(p for p in Path(args.videos or "").glob("*") if p.suffix.lower() in VIDEO_ENDINGS)
+    if args.videos and not sources:
+        raise UsageError(f"no videos in {args.videos}: put {', '.join(VIDEO_ENDINGS)} files there")
+    if args.prompts and not lines_of(args.prompts):
+        raise UsageError(f"{args.prompts} has no captions: write one a line")
     words = CaptionEncoder(args.text_encoder, device=args.device)
     with torch.no_grad():
         if args.negative is not None or not (out / "negative" / "text.safetensors").is_file():
             save_tensors(out / "negative" / "text.safetensors", {"text": words.encode(args.negative or "")})
         if args.prompts:
             return encode_prompts(args.prompts, words, out)
-    codec, sources = WanCodec(args.vae, args.device), sorted(p for p in Path(args.videos).glob("*") if p.suffix.lower() in VIDEO_ENDINGS)
-    if not sources:
-        raise UsageError(f"no videos in {args.videos}: put {', '.join(VIDEO_ENDINGS)} files there")
+    codec = WanCodec(args.vae, args.device)
     captions, shape = captions_in(args.videos), f"{args.size} {args.frames} frames {args.fps:g} fps"
     for path in tqdm(sources, unit="video"):
         done = out / "done" / path.name
@@ -757,9 +768,17 @@ def encode_video(path, caption, codec, words, out, size, args):
         raise UsageError(f"{path} is shorter than a clip of {args.frames} frames")
 
 
+def lines_of(path):
+    """The lines of a text file that say something."""
+    return [line for line in read_text(path).splitlines() if line.strip()]
+
+
 def encode_prompts(path, words, out):
-    """A file of captions, one a line, to a .safetensors each: all that stage 1 needs, and with it stage 2."""
-    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    """A file of captions, one a line, to a .safetensors each: all that stage 1 needs, and with it stage 2. UsageError where `out` holds more
+    than these."""
+    lines = lines_of(path)
+    if len(there := clips_in(out)) > len(lines):
+        raise UsageError(f"{out} holds {len(there)} files, {path} has {len(lines)} captions: choose another --out, or the others would be trained on too")
     for n, line in enumerate(tqdm(lines, unit="caption")):
         save_tensors(out / f"{n:06d}.safetensors", {"text": words.encode(line)})
     print(f"{len(lines)} captions in {out}")
@@ -775,7 +794,7 @@ def encode_flags(argv):
     parser.add_argument("--text-encoder", required=True, help="folder of Wan's UMT5 encoder and tokenizer, as transformers saves them")
     parser.add_argument("--size", default="480x832", help="height x width in pixels")
     parser.add_argument("--frames", type=int, default=81, help="frames of a clip, 4 k + 1")
-    parser.add_argument("--fps", type=float, default=16, help="resample to this rate; 0: every frame")
+    parser.add_argument("--fps", type=float, default=16, help="thin frames out to this rate; 0: every frame")
     parser.add_argument("--negative", help="what guidance keeps away from; default: the empty caption")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
     return parser.parse_args(argv)
@@ -791,11 +810,11 @@ def main(argv=None):
     parser.add_argument("--data", default="", help="folder of videos; empty: the toy world")
     parser.add_argument("--size", type=int, default=32, help="side of a frame in pixels")
     parser.add_argument("--frames", type=int, default=10, help="frames of a clip")
-    parser.add_argument("--fps", type=float, default=0.0, help="resample to this rate; 0: every frame")
+    parser.add_argument("--fps", type=float, default=0.0, help="thin frames out to this rate; 0: every frame")
     parser.add_argument("--clips", type=int, default=8, help="rows of the sheet")
     args = parser.parse_args(argv)
-    if args.clips < 1 or args.frames < 1 or Path(args.preview).suffix.lower() not in IMAGE_ENDINGS:
-        raise UsageError(f"--preview takes a name that ends in {', '.join(IMAGE_ENDINGS)}, --clips and --frames at least 1")
+    if min(args.clips, args.frames, args.size) < 1 or not args.fps >= 0 or Path(args.preview).suffix.lower() not in IMAGE_ENDINGS:
+        raise UsageError(f"--preview takes a name that ends in {', '.join(IMAGE_ENDINGS)}, --clips, --frames and --size at least 1, --fps at least 0")
     data = dataset(args)
     if data.latent:
         raise UsageError(f"{args.data} holds latents, which cannot be shown: --preview takes a folder of videos")

@@ -397,8 +397,8 @@ def open_weights(path):
                 state = state.get("generator_ema") or state.get("generator") or state
                 parts |= {name.removeprefix("model."): tensor for name, tensor in state.items()}
     except Exception as error:  # every format has its own kinds
-        raise UsageError(f"the weights in {path} cannot be read ({str(error).splitlines()[0][:200]}): download them again, "
-                         "or train the stage again that made them") from None
+        raise UsageError(f"the weights in {path} cannot be read ({str(error).splitlines()[0][:200]}): check who may read them, download them "
+                         "again, or train the stage again that made them") from None
     if not parts:
         raise UsageError(f"{path} holds no weights: name a .safetensors or .pt file, or a folder of .safetensors files")
     return parts

@@ -340,6 +340,8 @@ def save_state(run):
             new.rename(done)
     except (OSError, CheckpointException) as error:
         shutil.rmtree(new, ignore_errors=True)
+        if any(isinstance(failure, KeyboardInterrupt) for failure, _ in getattr(error, "failures", {}).values()):  # a second Ctrl-C
+            raise KeyboardInterrupt from None
         raise UsageError(f"cannot write {done} ({str(error).strip().splitlines()[-1][:150]}): free some space and give the same command "
                          f"again; it goes on from {next(iter(saved_states(run.dir)), 'the beginning')}") from None
     if run.writes:

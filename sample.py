@@ -7,6 +7,7 @@
 rollout() is the one function that writes videos chunk by chunk. Training (stages II and III) and serving both use it,
 which is what closes the train-test gap (Self Forcing, 2506.08009).
 """
+import math
 import signal
 import time
 from dataclasses import asdict, fields
@@ -150,8 +151,13 @@ def read_settings(folder):
     """The settings that train.py left in a stage's folder, as a dict; None where `folder` is not a stage's, but a file
     or folder of official weights. UsageError where it is missing or damaged."""
     folder, config = Path(folder), Path(folder) / "config.json"
+    beside = folder.parent / "config.json"
+    if folder.is_file() and beside.is_file() and "stage" in read_json(beside):
+        raise UsageError(f"{folder} is part of a stage: name its folder, {folder.parent}")
     official = folder.is_file() or any(p.suffix in (".safetensors", ".pt") for p in folder.glob("*"))
     settings = read_json(config) if config.is_file() else {}
+    if not isinstance(settings, dict):
+        raise UsageError(f"{config} is damaged: train the stage again")
     if "stage" in settings:
         if missing := [f.name for f in fields(Config) if f.name not in settings]:
             raise UsageError(f"{config} does not say {', '.join(missing)}: train the stage again")
@@ -199,7 +205,7 @@ def newest_stage(root="out"):
 
 def stream(net, codec, settings, first, text, randn, frames, steps):
     """Pixels (f, 3, H, W) chunk after chunk for one clip; stage 0, the teacher, makes the whole clip at once."""
-    latents, decode, written = 1 - (1 - frames) // codec.ratio, codec.decoder(), 0
+    latents, decode, written = 1 + math.ceil((frames - 1) / codec.ratio), codec.decoder(), 0
     if settings["stage"] == 0:
         yield decode(animate(net, settings, first, text, randn, latents, steps and steps[0]))[0][:frames]
         return
@@ -225,7 +231,9 @@ def inputs(args, codec, settings):
     if args.vae or args.text_encoder or args.size:
         raise UsageError(f"{settings['where']} brings its own codec and words: leave out --vae, --text-encoder and --size")
     alone = settings["first"] == 0  # it was trained without an image
-    if not (args.image or args.from_data or alone and args.prompt):
+    if alone and not (args.from_data or args.prompt):
+        raise UsageError(f"{settings['where']} was trained without an image: say with --prompt what shall be seen, or take a held-out clip's caption with --from-data")
+    if not (args.image or args.from_data or alone):
         raise UsageError(f"{settings['where']} animates an image: name one with --image, or take a held-out clip's with --from-data")
     if args.image:
         pixels, caption = read_image(args.image, settings["size"]), ""
@@ -287,6 +295,10 @@ def main(argv=None):
     net, codec, settings = load_stage(args.weights or newest_stage(), preset=args.preset, device=args.device, dtype=dtype)
     if args.preset and settings.get("where"):
         raise UsageError(f"{settings['where']} says its own shape: leave out --preset")
+    given = [name for name in ("chunk", "sink", "window", "context_level") if getattr(args, name) is not None]
+    if settings["stage"] == 0 and (given or len(args.steps or [0]) > 1):
+        raise UsageError(f"{settings['where']} is a teacher, which makes a clip at once: leave out --chunk, --sink, --window and --context-level, "
+                         "give --steps one number, or name a later stage with --weights")
     if args.context_level is not None:
         settings["context_level"] = args.context_level
     for name in ("chunk", "sink", "window"):
@@ -302,19 +314,25 @@ def main(argv=None):
     began, writing, written, chunks = time.perf_counter(), 0.0, 0, []
     half = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
     with (torch.no_grad(), half, VideoWriter(args.out, args.fps or (16 if codec.ratio > 1 else 8), zoom) as writer,
-          asked_to_stop(signal.SIGINT) as came):
+          asked_to_stop(signal.SIGINT, signal.SIGTERM) as came):
         for part in tqdm(stream(net, codec, settings, first, text, randn, frames, args.steps), unit="chunk"):
             drawn = now(first.device)
             writer.write(part)
             ended, written = time.perf_counter(), written + len(part)
             writing += ended - drawn
             chunks.append((ended - began, ended - began - writing, written))
-            if came:  # Ctrl-C: what has been written of a long stream is kept
+            if came:  # Ctrl-C or SIGTERM: what has been written of a long stream is kept
                 break
-    (whole, alone, start), (whole_end, alone_end, _) = chunks[min(first.shape[1], 1, len(chunks) - 1)], chunks[-1]
-    print(f"{args.out}: {written} frames of \"{caption}\"; first chunk after {whole:.3f} s"
-          + (f", then {(written - start) / (whole_end - whole):.1f} frames a second, without writing the file "
-             f"{(written - start) / (alone_end - alone):.1f}" if written > start else ""))
+    print(f"{args.out}: {written} frames of \"{caption}\"; {rates(chunks, image=first.shape[1] > 0)}")
+
+
+def rates(chunks, image):
+    """Speed in words, from (seconds, seconds without writing the file, frames) at the end of every chunk; `image`: the first one was given."""
+    (seconds, alone, frames), (seconds_end, alone_end, frames_end) = chunks[min(int(image), len(chunks) - 1)], chunks[-1]
+    words = f"first chunk after {seconds:.3f} s"
+    if (more := frames_end - frames):
+        words += f", then {more / (seconds_end - seconds):.1f} frames a second, without writing the file {more / (alone_end - alone):.1f}"
+    return words
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ The next stage starts from the EMA weights, and stage III's fake score from stag
 """
 import argparse
 import contextlib
+import fcntl
 import gc
 import hashlib
 import inspect
@@ -68,7 +69,7 @@ class TrainConfig(Config):
     dtype: str = ""                 # autocast: bfloat16 or float32; default: bfloat16 where the hardware has it
     # clips
     size: int = 32                  # side of a frame, in pixels
-    fps: float = 0.0                # resample videos to this rate; 0: every frame as it is
+    fps: float = 0.0                # thin the frames of videos out to this rate; 0: every frame
     codec_patch: int = 4            # side of a patch of the toy codec, in pixels
     latent_size: tuple = (0, 0)     # height and width of a latent frame where only captions are given; 0 0: from --size
     # the loop
@@ -200,6 +201,14 @@ def check(cfg):
     for name in ("eps", "shift", "train_shift", "score_shift", "gan_shift", "clip", "stop_distance"):
         if not getattr(cfg, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is too small, it has to be above 0")
+    for name, low, high in (("ema", 0, 1), ("text_drop", 0, 1), ("decay", 0, 1), ("gan_t_max", 0, 1), ("stop_motion", 0, 1), ("context_level", -math.inf, 1),
+                            *((weight, 0, math.inf) for weight in ("guidance", "dmd", "dmd_flow", "gan", "gan_ratio", "r_weight", "r_sigma"))):
+        if not low <= getattr(cfg, name) <= high:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is not between {low} and {high}")
+    if Path(cfg.tag).name != cfg.tag:
+        raise UsageError(f"--tag {cfg.tag} becomes part of a folder's name: use letters, digits and dashes")
+    if cfg.data and Path(cfg.data).resolve() == Path(cfg.out).resolve():
+        raise UsageError(f"--out {cfg.out} is the folder of the clips: choose another")
     if cfg.stage == 0 and not cfg.iters:
         raise UsageError(f"stage 0 of {cfg.preset} has nothing to train: name the official weights with --teacher, or give it --iters")
     if cfg.seed > 90:
@@ -340,7 +349,10 @@ class Run:
     def trajectory(self, batch):
         """Teacher trajectories for a batch: states (b, levels + 1, f, c, h, w), noise first, and their texts."""
         numbers = (batch.draws.rand(1)[:, 0] * self.cfg.trajectories).long().tolist()
-        rows = [read_tensors(self.dir / "trajectories" / f"{n:06d}.safetensors") for n in numbers]
+        try:
+            rows = [read_tensors(self.dir / "trajectories" / f"{n:06d}.safetensors") for n in numbers]
+        except UsageError as error:
+            raise UsageError(f"{error}: remove that file, then the same command makes it again") from None
         return torch.stack([row["states"] for row in rows]).to(self.device), padded([row["text"] for row in rows]).to(self.device)
 
     def draws(self, clips, purpose):
@@ -498,7 +510,7 @@ def distil_step(run):
     x.backward(), which carries it through the rollout into the student; the critics see x without its graph."""
     cfg, clips, log = run.cfg, [], {}
     moving = run.step >= cfg.critic_warmup
-    terms = [(w, f) for w, f in ((cfg.dmd, dmd_gradient), (cfg.gan, gan_gradient)) if w]
+    terms = {name: (w, f) for name, w, f in (("dmd", cfg.dmd, dmd_gradient), ("gan", cfg.gan, gan_gradient)) if w}
     exit_step = int(run.draws([0], "exit").choice([1.0] * cfg.student_steps, 1))
     for batch in run.batches("roll"):
         noise = lambda frames: batch.draws.randn(frames, *batch.x0.shape[2:])
@@ -506,15 +518,14 @@ def distil_step(run):
             x = torch.cat(list(rollout(run.nets["student"], batch.given(cfg), batch.text, noise, cfg.frames,
                                        cfg.student_steps, exit_step, moving, context_of(asdict(cfg)), cfg.cache_grad)), 1)
         if moving:
-            grads = []
-            for weight, term in terms:
-                grad, numbers = term(run, x.detach(), batch, run.draws(batch.clips, term.__name__))
-                grads.append((weight, grad))
+            grads = {}
+            for name, (_, term) in terms.items():
+                grads[name], numbers = term(run, x.detach(), batch, run.draws(batch.clips, term.__name__))
                 run.add_up(log, numbers, batch)
-            if len(grads) == 2 and cfg.gan_ratio:
-                dmd_norm, gan_norm = (L.per_frame(g.flatten(1).norm(dim=1, keepdim=True)) for _, g in grads)  # clip by clip
-                grads[1] = cfg.gan, grads[1][1] * cfg.gan_ratio * dmd_norm / gan_norm.clamp_min(1e-12)
-            x[:, cfg.first:].backward(run.share(sum(weight * grad for weight, grad in grads), batch))
+            if cfg.gan_ratio and {"dmd", "gan"} <= grads.keys():
+                dmd_norm, gan_norm = (L.per_frame(grads[name].flatten(1).norm(dim=1, keepdim=True)) for name in ("dmd", "gan"))  # clip by clip
+                grads["gan"] *= cfg.gan_ratio * dmd_norm / gan_norm.clamp_min(1e-12)
+            x[:, cfg.first:].backward(run.share(sum(terms[name][0] * grad for name, grad in grads.items()), batch))
         run.add_up(log, {"motion": motion(x), "real_motion": motion(batch.x0)}, batch)
         clips.append((batch, x.detach()))
     if moving:
@@ -539,8 +550,8 @@ STEPS = {0: teacher_step, 1: ode_step, 2: distil_step, 3: distil_step}
 
 def start_from(cfg):
     """Where a stage finds (its student's weights, its teacher's)."""
-    official = Path(cfg.teacher or Path(cfg.out) / "stage0")
-    return Path(cfg.init or (official if cfg.stage == 1 else Path(cfg.out) / f"stage{cfg.stage - 1}")), official
+    teacher = Path(cfg.teacher or Path(cfg.out) / "stage0")
+    return Path(cfg.init or (teacher if cfg.stage == 1 else Path(cfg.out) / f"stage{cfg.stage - 1}")), teacher
 
 
 def steps_before(cfg):
@@ -574,23 +585,22 @@ def new_network(cfg, name):
 def prepare(run):
     """Give a stage its codec and its networks: the student from the stage before, the rest from the teacher."""
     cfg = run.cfg
-    before, official = start_from(cfg)
+    before, teacher = start_from(cfg)
     followed = before / "fake.safetensors"
     if cfg.stage == 0:
-        weights = {"student": build(cfg).init_weights().state_dict()}
+        weights = {"student": (build(cfg).init_weights().state_dict(), before)}
     else:
-        weights = {"teacher": source(cfg, official)[0]}
-        weights["student"], run.codec = source(cfg, before)
+        weights = {"teacher": (source(cfg, teacher)[0], teacher)}
+        found, run.codec = source(cfg, before)
+        weights["student"] = found, before
         # a fake score that has followed this very student goes on, else it starts as the teacher
-        weights["fake"] = open_weights(followed) if followed.is_file() else weights["teacher"]
+        weights["fake"] = (open_weights(followed), followed) if followed.is_file() else weights["teacher"]
     for name, (origin, groups) in networks(cfg).items():
-        start = weights[origin]
+        start, where = weights[origin]
         if name == "disc":
             heads = Discriminator(None, cfg.disc_layers, queries=cfg.disc_queries, cfg=cfg).state_dict()
             start = {**{f"backbone.{k}": v for k, v in start.items()}, **heads}
-        run.keep(name, load_into(run.place(name, bool(groups)), start, before if origin == "student" else official, own_rows), groups)
-    if cfg.stage == 1:
-        make_trajectories(run)
+        run.keep(name, load_into(run.place(name, bool(groups)), start, where, own_rows), groups)
 
 
 def source(cfg, path):
@@ -688,19 +698,18 @@ def fingerprint(path):
     return digest.hexdigest()[:16]
 
 
-def look(cfg, folder, follows):
+def look(cfg, folder):
     """What is to be done about a stage's folder: "keep" what is finished, "train" it (or train on), or train it "anew".
 
         --no-resume                                        anew
         no settings there, or nothing trained              train (a saved state without settings: UsageError)
-        settings or origin others than asked for           UsageError, but anew where only the origin is another and the stage `follows`
+        settings or origin others than asked for           UsageError
         the same, metrics.json there or not                keep, or train on from the saved state
 
-    follows: the stage before has just been trained by the same command, so what started from its old weights is out of date.
-    UsageError where the folder's settings or origin are others than those asked for. Changes nothing."""
-    before = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    Changes nothing."""
     if not cfg.resume:
         return "anew"
+    before = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     if not before and saved_states(folder):  # of a run that was moved away while it saved
         raise UsageError(f"{folder} holds a saved state but no config.json, so nobody knows what it was trained with: "
                          "--no-resume trains it again, another --out or --tag keeps it")
@@ -711,13 +720,12 @@ def look(cfg, folder, follows):
     defaults = plain(TrainConfig())
     for name, value in plain(cfg).items():
         was = before.get(name, defaults[name])  # runs older than a field had its default
-        if name not in free and was != value:
-            raise UsageError(f"{folder} was trained with {name} {was}, now it is {value}: choose another --out or --tag to keep it, "
+        same = Path(was).resolve() == Path(value).resolve() if name in ("data", "init", "teacher") and was and value else was == value
+        if name not in free and not same:
+            raise UsageError(f"{folder} was trained with {name} {was!r}, now it is {value!r}: choose another --out or --tag to keep it, "
                              "or --no-resume to train it again")
     origin = origins(cfg)
     if before.get("origin", origin) != origin:
-        if follows:
-            return "anew"
         raise UsageError(f"{folder} was started from other weights than those that are now in {' and '.join(map(str, start_from(cfg)))}: "
                          "--no-resume trains it again, another --out or --tag keeps it")
     return "keep" if (folder / "metrics.json").is_file() else "train"
@@ -728,10 +736,22 @@ def origins(cfg):
     return [fingerprint(path) for path in start_from(cfg)] if cfg.stage else []
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """A stage's folder for this run alone; UsageError where another run is at work there. Ends with the process, however that ends."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another run is training in {folder}: wait for it, or choose another --out or --tag") from None
+        yield
+
+
 def claim(cfg, folder, anew):
     """Make a stage's folder this run's: empty if it is trained anew, with its settings."""
-    if anew:
-        shutil.rmtree(folder, ignore_errors=True)
+    if anew and folder.exists():
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with written_whole(folder / "config.json") as temporary:
         temporary.write_text(json.dumps({**asdict(cfg), "origin": origins(cfg), "steps_before": steps_before(cfg)}, indent=1))
@@ -792,45 +812,57 @@ def loop(run):
             if reason := stop():
                 bar.write(f"stage {cfg.stage} stops early at step {run.step}: {reason}")
     bar.close()
-    rate = (run.step - resumed) / (now(run.device) - began)
+    return in_words(run, (run.step - resumed) / (now(run.device) - began), work.flops)
+
+
+def in_words(run, rate, flops):
+    """Steps and tokens a second, memory, and the share of the machine's arithmetic that `flops` a step are."""
+    cfg = run.cfg
     kib = torch.cuda.max_memory_allocated() / 1024 if cfg.device == "cuda" else (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1))  # there it counts bytes
     words = f"{rate:.2f} steps/s, {rate * cfg.batch_size * run.tokens:,.0f} tokens/s, peak memory {kib / 2 ** 20:.1f} GiB per process"
-    if work.flops:
-        done = rate * work.flops
-        words += f", {done / 1e12:.3g} TFLOP/s = {done / matrix_rate(run.device, getattr(torch, cfg.dtype)):.0%} of what matrix products reach here"
+    if flops:
+        words += (f", {rate * flops / 1e12:.3g} TFLOP/s = {rate * flops / matrix_rate(run.device, getattr(torch, cfg.dtype)):.0%} "
+                  "of what matrix products reach here")
     return words
 
 
-def train(cfg, follows=False):
-    """One stage from its beginning, or from where it was interrupted, to its end. Returns whether it was trained. follows: see look()."""
+def train(cfg):
+    """One stage from its beginning, or from where it was interrupted, to its end; what is finished is kept."""
     folder, (rank, _) = stage_folder(cfg), world()
+    latents = cfg.data and clips_in(cfg.data)
     for path in start_from(cfg) if cfg.stage else ():
         if path.resolve() == folder.resolve():
             raise UsageError(f"{folder} cannot start from itself: choose another --tag or --out")
-        if source(cfg, path)[1] is None and not (cfg.data and clips_in(cfg.data)):
+        codec = source(cfg, path)[1]
+        if codec is None and not latents:
             raise UsageError(f"{path} was trained on latents: make some with data.py encode, and name their folder with --data")
-    if (plan := by_first(look, cfg, folder, follows)) == "keep":
+        if codec and latents:
+            raise UsageError(f"{path} was trained on frames, and {cfg.data} holds latents: leave out --data, or name a folder of videos")
+    if (plan := by_first(look, cfg, folder)) == "keep":
         if rank == 0:
             print(f"stage {cfg.stage} is finished and kept: {folder} (--no-resume trains it again)")
-        return False
-    run = Run(cfg)  # which reads the data: only when all fits is anything removed or written
-    by_first(claim, cfg, folder, plan == "anew")
-    prepare(run)
-    load_state(run)
-    speed = loop(run)
-    if not cfg.save_every or run.step % cfg.save_every:  # else the loop has just done it
-        save_state(run)
-    export(run)
-    show(run)
-    cfg.eval_clips *= run.codec is not None
-    minutes = (time.time() - run.began) / 60
-    del run
-    gc.collect()
-    if rank == 0:
-        print(f"stage {cfg.stage}: {minutes:.1f} minutes, {speed}; results in {folder}", flush=True)
-        score(cfg, folder, minutes)
-    return True
+        return
+    with contextlib.ExitStack() as stack:
+        by_first(stack.enter_context, locked(folder))
+        run = Run(cfg)  # reads the data, as prepare() reads the weights: only when all fits is anything removed or written
+        prepare(run)
+        by_first(claim, cfg, folder, plan == "anew")
+        if cfg.stage == 1:
+            make_trajectories(run)
+        load_state(run)
+        speed = loop(run)
+        if not cfg.save_every or run.step % cfg.save_every:  # else the loop has just done it
+            save_state(run)
+        export(run)
+        show(run)
+        cfg.eval_clips *= run.codec is not None
+        minutes = (time.time() - run.began) / 60
+        del run
+        gc.collect()
+        if rank == 0:
+            print(f"stage {cfg.stage}: {minutes:.1f} minutes, {speed}; results in {folder}", flush=True)
+            score(cfg, folder, minutes)
 
 
 def score(cfg, folder, minutes):
@@ -858,7 +890,8 @@ def table(out):
     print("\n" + "stage".ljust(8) + "".join(columns[n].rjust(14) for n in names))
     for stage, row in rows.items():
         print(stage.ljust(8) + "".join((f"{row[n]:.3f}" if n in row else "").rjust(14) for n in names))
-    print(f"\nPictures: {out}/stage*/samples.gif (upper half real clips, lower half the stage's, from the same first frames)")
+    if any(Path(out).glob("stage[0-3]/samples.gif")):
+        print(f"\nPictures: {out}/stage*/samples.gif (upper half real clips, lower half the stage's, from the same first frames)")
 
 
 def main(argv=None):
@@ -875,9 +908,8 @@ def main(argv=None):
             return
         if {"tag", "init"} & given.keys():
             raise UsageError("--tag and --init belong to one stage: say which with --stage")
-        follows = False
         for cfg in [settle(given, stage) for stage in range(1 if "teacher" in given else 0, 4)]:
-            follows = train(cfg, follows) or follows
+            train(cfg)
         if world()[0] == 0:
             table(cfg.out)
 

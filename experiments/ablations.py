@@ -81,7 +81,7 @@ def ratios(scores, a, b, names=("quality_error", "last_error", "error_growth", "
     if a not in scores or b not in scores or scores[a]["seeds"] != scores[b]["seeds"]:
         return ""
     parts = [f"{COLUMNS[n]} {statistics.mean(scores[a][n]) / statistics.mean(scores[b][n]):.2f}" for n in names
-             if scores[a][n] and scores[b][n]]
+             if scores[a][n] and scores[b][n] and statistics.mean(scores[b][n])]
     return f"{a} / {b}: " + ", ".join(parts)
 
 

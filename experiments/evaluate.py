@@ -201,7 +201,7 @@ def sharpness(video):
 
 @torch.no_grad()
 def make(net, codec, settings, clips, frames, steps, at_once=64):
-    """Held-out clips animated by a stage: (videos (b, f, 3, H, W), raw batches)."""
+    """Held-out clips animated by a stage: (videos (b, f, 3, H, W), raw batches, the data they come from)."""
     known = {field.name for field in fields(TrainConfig)}
     cfg = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in known})
     data, words, made, raws = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim), [], []
@@ -246,7 +246,7 @@ def stage_scores(folder, number=256, steps=None, long=True):
 
 def folder_scores(folder, size=32):
     """Scores of video files named by the number of the held-out toy clip that they continue: 0.mp4, 17.gif, ..."""
-    paths = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in VIDEO_ENDINGS and p.stem.isdigit())
+    paths = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in VIDEO_ENDINGS and p.stem.isdecimal())
     if not paths:
         raise UsageError(f"{folder} holds neither a finished stage nor videos named by clip number (0.mp4, 1.mp4, ...)")
     videos = [read_video(p, size) for p in paths]
