@@ -494,9 +494,10 @@ def fit_frame(frame, size):
 
 def picture(path):
     """An image file (H, W, 3) uint8, turned as its camera says; grey (of 8 or 16 bits), palettes, CMYK and transparency become RGB."""
-    if improps(path, plugin="pillow").dtype == np.uint16:  # which Pillow would cut off at 255
-        return (imread(path, plugin="pillow", rotate=True) >> 8).astype(np.uint8)[..., None].repeat(3, 2)
-    return imread(path, plugin="pillow", rotate=True, mode="RGB")
+    first = dict(plugin="pillow", index=0)  # of an animation
+    if improps(path, **first).dtype == np.uint16:  # which Pillow would cut off at 255
+        return (imread(path, rotate=True, **first) >> 8).astype(np.uint8)[..., None].repeat(3, 2)
+    return imread(path, rotate=True, mode="RGB", **first)
 
 
 def read_image(path, size):
@@ -538,7 +539,7 @@ def frames_of(path, size, fps=0.0):
 
 def read_video(path, size, fps=0.0):
     """All frames of a video file or a folder of images: (f, 3, h, w) uint8. Gathered in blocks: a small tensor left between the large ones
-    that every frame goes through keeps their memory from being used again (100,000 frames of 256 x 256 took 22 GB for 0.3)."""
+    that every frame goes through keeps their memory from being used again (100,000 frames of 256 x 256 pixels, read at 32 x 32, took 22 GB for 0.3)."""
     frames, blocks = frames_of(path, size, fps), []
     while block := list(itertools.islice(frames, 64)):
         blocks.append(torch.stack(block))
@@ -716,25 +717,36 @@ def cut(frames, length):
         yield torch.stack(part)
 
 
-def encode(args):
-    """`python data.py encode`: a .safetensors per clip. Finished videos are skipped, unreadable and short ones listed at the end."""
-    size, out, bad = sides(args.size), Path(args.out), []
+def to_encode(args):
+    """(videos, captions) that `python data.py encode` was given, one of them empty. UsageError before anything is loaded."""
     if args.frames % 4 != 1 or args.frames < 1:
         raise UsageError(f"--frames {args.frames} is not 4 k + 1: use --frames {max(5, args.frames // 4 * 4 + 1)}")
     if bool(args.prompts) == bool(args.videos) or args.videos and not args.vae:
         raise UsageError("name either --videos with --vae, or --prompts")
     check_device(args.device)
-    sources = sorted(p for p in Path(args.videos or "").glob("*") if p.suffix.lower() in VIDEO_ENDINGS)
-    if args.videos and not sources:
-        raise UsageError(f"no videos in {args.videos}: put {', '.join(VIDEO_ENDINGS)} files there")
-    if args.prompts and not lines_of(args.prompts):
+    if args.videos:
+        sources = sorted(p for p in Path(args.videos).glob("*") if p.suffix.lower() in VIDEO_ENDINGS)
+        if not sources:
+            raise UsageError(f"no videos in {args.videos}: put {', '.join(VIDEO_ENDINGS)} files there")
+        return sources, []
+    lines = [line for line in read_text(args.prompts).splitlines() if line.strip()]
+    if not lines:
         raise UsageError(f"{args.prompts} has no captions: write one a line")
+    if len(there := clips_in(args.out)) > len(lines):
+        raise UsageError(f"{args.out} holds {len(there)} files, {args.prompts} has {len(lines)} captions: choose another --out, "
+                         "or the others would be trained on too")
+    return [], lines
+
+
+def encode(args):
+    """`python data.py encode`: a .safetensors per clip. Finished videos are skipped, unreadable and short ones listed at the end."""
+    size, out, bad, (sources, lines) = sides(args.size), Path(args.out), [], to_encode(args)
     words = CaptionEncoder(args.text_encoder, device=args.device)
     with torch.no_grad():
         if args.negative is not None or not (out / "negative" / "text.safetensors").is_file():
             save_tensors(out / "negative" / "text.safetensors", {"text": words.encode(args.negative or "")})
-        if args.prompts:
-            return encode_prompts(args.prompts, words, out)
+        if lines:
+            return encode_prompts(lines, words, out)
     codec = WanCodec(args.vae, args.device)
     captions, shape = captions_in(args.videos), f"{args.size} {args.frames} frames {args.fps:g} fps"
     for path in tqdm(sources, unit="video"):
@@ -768,17 +780,8 @@ def encode_video(path, caption, codec, words, out, size, args):
         raise UsageError(f"{path} is shorter than a clip of {args.frames} frames")
 
 
-def lines_of(path):
-    """The lines of a text file that say something."""
-    return [line for line in read_text(path).splitlines() if line.strip()]
-
-
-def encode_prompts(path, words, out):
-    """A file of captions, one a line, to a .safetensors each: all that stage 1 needs, and with it stage 2. UsageError where `out` holds more
-    than these."""
-    lines = lines_of(path)
-    if len(there := clips_in(out)) > len(lines):
-        raise UsageError(f"{out} holds {len(there)} files, {path} has {len(lines)} captions: choose another --out, or the others would be trained on too")
+def encode_prompts(lines, words, out):
+    """Captions to a .safetensors each: all that stage 1 needs, and with it stage 2."""
     for n, line in enumerate(tqdm(lines, unit="caption")):
         save_tensors(out / f"{n:06d}.safetensors", {"text": words.encode(line)})
     print(f"{len(lines)} captions in {out}")

@@ -743,8 +743,9 @@ def locked(folder):
     with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another run is training in {folder}: wait for it, or choose another --out or --tag") from None
+        except OSError as error:  # of another kind: a file system without locks, on which nobody can tell
+            if isinstance(error, BlockingIOError):
+                raise UsageError(f"another run is training in {folder}: wait for it, or choose another --out or --tag") from None
         yield
 
 
