@@ -29,9 +29,8 @@ from imageio.v3 import improps, imread
 from imageio_ffmpeg import count_frames_and_secs, write_frames
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
-from model import UsageError
+from model import UsageError, require
 
 VIDEO_ENDINGS = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -43,36 +42,36 @@ HELD_OUT = 1_000_000_000  # clip numbers from here on are not trained on
 @contextlib.contextmanager
 def explain():
     """Turn a UsageError, and what disks, devices and people do to a run, into one sentence on stderr and exit status 2 (Ctrl-C: 130)."""
+    said, status = None, 2
     try:
         yield
     except UsageError as error:
-        said, status = error, 2
+        said = error
     except OSError as error:
-        said, status = f"{error.filename or 'the file system'}: {error.strerror or error}: check the path, its permissions and the free space", 2
+        said = f"{error.filename or 'the file system'}: {error.strerror or error}: check the path, its permissions and the free space"
     except (RuntimeError, MemoryError) as error:  # the CPU's allocator has no exception of its own
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
-        said, status = f"out of memory ({_first_line(error)}): lower --micro-batch, or give it --recompute or more devices", 2
+        said = f"out of memory ({first_line(error)}): lower --micro-batch, or give it --recompute or more devices"
     except KeyboardInterrupt:
         said, status = "interrupted", 130
-    else:
-        return
-    print(f"error: {said}", file=sys.stderr)
-    sys.exit(status)
+    if said:
+        print(f"error: {said}", file=sys.stderr)
+        sys.exit(status)
 
 
 @contextlib.contextmanager
 def asked_to_stop(*signals):
     """A list that grows when one of the signals comes, so that a loop can end between two steps. The second time a signal does what it always did."""
-    came, before = [], {}
+    came, before = [], {number: signal.getsignal(number) for number in signals}
 
     def note(number, _):
         came.append(number)
         signal.signal(number, before[number])
 
-    for number in signals:
-        before[number] = signal.signal(number, note)
     try:
+        for number in signals:
+            signal.signal(number, note)
         yield came
     finally:
         for number, handler in before.items():
@@ -81,13 +80,9 @@ def asked_to_stop(*signals):
 
 def check_device(name):
     """UsageError where there is no such device."""
-    try:
-        torch.empty(1, device=name)
-        known = name in ("cpu", "cuda", "mps")
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} is not here ({_first_line(error)})") from None
-    if not known:
-        raise UsageError(f"--device {name}: say cuda, mps or cpu; which GPU cuda is, the variable CUDA_VISIBLE_DEVICES says")
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    require(name in here, f"--device {name}: say cuda, mps or cpu; which GPU cuda is, the variable CUDA_VISIBLE_DEVICES says")
+    require(here[name], f"--device {name} is not here: leave it out to take what there is")
 
 
 class Flags(argparse.ArgumentParser):
@@ -111,7 +106,7 @@ def written_whole(path):
         yield temporary
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
-        raise UsageError(f"cannot write {path}: {getattr(error, 'strerror', None) or _first_line(error)}; free some space or choose another place") from error
+        raise UsageError(f"cannot write {path}: {getattr(error, 'strerror', None) or first_line(error)}; free some space or choose another place") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -170,8 +165,7 @@ class ToyWorld:
     latent = False
 
     def __init__(self, size=32, frames=16):
-        if size < 24:
-            raise UsageError(f"the toy world needs frames of at least 24 pixels, not {size}: use --size 32")
+        require(size >= 24, f"the toy world needs frames of at least 24 pixels, not {size}: use --size 32")
         self.size, self.frames = size, frames
         self.radius, self.speeds = size * 7.5 / 32, (size * 1.3 / 32, size * 1.9 / 32)
         unit = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32)
@@ -241,31 +235,44 @@ class ToyWorld:
 
 # ---------------------------------------------------------------- folders of real clips
 
+def videos_in(folder):
+    """The videos of a folder: files (mp4, webm, mov, gif, ...), and folders of numbered images. UsageError where there are none."""
+    folder, endings = Path(folder), ", ".join(VIDEO_ENDINGS)
+    require(folder.is_dir(), f"{folder} is not a folder of videos: name one with {endings} files")
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in VIDEO_ENDINGS or p.is_dir() and any(image_files(p)))
+    require(found, f"no videos in {folder}: put {endings} files or folders of images there")
+    return found
+
+
+def captions_in(folder):
+    """{name of a video: caption} of a folder: captions.csv (file,caption), captions.jsonl ({"file": ..., "caption": ...}) and
+    .txt files beside the videos, the later ones winning."""
+    folder, found = Path(folder), {}
+    for path in (folder / "captions.csv", folder / "captions.jsonl"):
+        lines = read_text(path).splitlines() if path.is_file() else []
+        try:
+            rows = csv.DictReader(lines) if path.suffix == ".csv" else [json.loads(line) for line in lines if line.strip()]
+            found |= {row["file"]: row["caption"].strip() for row in rows}
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UsageError(f"{path} needs a file and a caption in every row, as columns of a csv or keys of json lines") from None
+    beside = lambda p: p.with_name(f"{p.name}.txt") if p.is_dir() else p.with_suffix(".txt")
+    return found | {p.name: read_text(beside(p)).strip() for p in folder.iterdir() if beside(p).is_file()}
+
+
 class VideoFolder:
     """Every clip of `frames` frames that can be cut from the videos of a folder, at `size` x `size` pixels.
 
-    Videos are files (mp4, webm, mov, gif, ...) or folders of numbered images; the caption is a .txt file of the same name
-    beside them. Frames are thinned out to `fps` (0: as they are), the short side is resized, the centre is kept. All
-    frames are held in memory, which is right for the toy preset. Raises UsageError, naming the file and the remedy."""
+    Frames are thinned out to `fps` (0: as they are), the short side is resized, the centre is kept. All frames are held in
+    memory, which is right for the toy preset. Raises UsageError, naming the file and the remedy."""
     latent = False
 
     def __init__(self, folder, size, frames, fps=0.0):
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise UsageError(f"{folder} is not a folder of videos: --data takes a folder with {', '.join(VIDEO_ENDINGS)} files")
-        sources = sorted(p for p in folder.iterdir()
-                         if p.suffix.lower() in VIDEO_ENDINGS or p.is_dir() and any(image_files(p)))
-        if not sources:
-            raise UsageError(f"no videos in {folder}: put {', '.join(VIDEO_ENDINGS)} files or folders of images there")
-        self.frames, self.clips, self.texts = frames, [], []
+        sources, captions = videos_in(folder), captions_in(folder)
+        self.frames, self.clips, self.texts = frames, [], [captions.get(path.name, "") for path in sources]
         for path in sources:
-            video = read_video(path, size, fps)
-            if len(video) < frames:
-                raise UsageError(f"{path} has {len(video)} frames, a clip needs {frames}: remove it, or lower --frames"
-                                 + (", or raise --fps" if fps else ""))
-            self.clips.append(video)
-            sidecar = path.with_name(f"{path.name}.txt") if path.is_dir() else path.with_suffix(".txt")
-            self.texts.append(read_text(sidecar).strip() if sidecar.is_file() else "")
+            self.clips.append(read_video(path, size, fps))
+            require(len(self.clips[-1]) >= frames, f"{path} has {len(self.clips[-1])} frames, a clip needs {frames}: remove it, or lower --frames"
+                    + (", or raise --fps" if fps else ""))
         starts = torch.tensor([len(v) - frames + 1 for v in self.clips], dtype=torch.float64)
         self.weights = (starts / starts.sum()).tolist()
 
@@ -312,9 +319,8 @@ class LatentFolder:
             clips = LatentFolder(made, self.frames)
             clips.negative = self.negative
             return clips.check(cfg, trajectories)
-        if self.only_text and cfg.stage != 1:
-            raise UsageError(f"{self.paths[0]} holds a caption alone, which is enough for stage 1 and, after it, for stage 2: "
-                             f"stage {cfg.stage} needs clips, see data.py encode")
+        require(not self.only_text or cfg.stage == 1, f"{self.paths[0]} holds a caption alone, which is enough for stage 1 and, after it, "
+                f"for stage 2: stage {cfg.stage} needs clips, see data.py encode")
         self.network = cfg
         self._read(self.paths[0])
         return self
@@ -324,25 +330,24 @@ class LatentFolder:
         batch = {"embeddings": padded([clip["text"].float() for clip in clips])}
         if self.only_text:
             return batch
-        if len({clip["latents"].shape[1:] for clip in clips}) > 1:
-            raise UsageError(f"the clips beside {self.paths[0]} are of different shapes: encode them with one --size into a folder of their own")
+        require(len({clip["latents"].shape[1:] for clip in clips}) == 1,
+                f"the clips beside {self.paths[0]} are of different shapes: encode them with one --size into a folder of their own")
         return {**batch, "latents": torch.stack([clip["latents"][:self.frames].float() for clip in clips])}
 
     def _read(self, path):
-        clip = read_tensors(path)
+        clip, cfg = read_tensors(path), self.network
         if "states" in clip:
             clip["latents"] = clip["states"][-1]
-        needed = {"text"} if self.only_text else {"latents", "text"}
-        if not needed <= clip.keys() or clip["text"].ndim != 2 or not self.only_text and clip["latents"].ndim != 4:
-            raise UsageError(f"{path} holds no clip, which is latents (f, c, h, w) and text (l, d): remove it from the folder")
-        if not self.only_text and len(clip["latents"]) < self.frames:
-            raise UsageError(f"{path} has {len(clip['latents'])} latent frames, a clip needs {self.frames}: remove it, or lower --frames")
-        if self.network:
-            cfg, text = self.network, tuple(clip["text"].shape)
-            shape = (self.frames, cfg.in_dim, cfg.patch, cfg.patch) if self.only_text else tuple(clip["latents"].shape)
-            if shape[1] != cfg.in_dim or text[1] != cfg.text_dim or text[0] > cfg.text_len or shape[2] % cfg.patch or shape[3] % cfg.patch:
-                raise UsageError(f"{path} has latents {shape} and text {text}, the network takes {cfg.in_dim} channels, sides that divide by "
-                                 f"{cfg.patch}, text up to {cfg.text_len} x {cfg.text_dim}: choose the preset they were made for")
+        text, latents = clip.get("text"), None if self.only_text else clip.get("latents")
+        require(text is not None and text.ndim == 2 and (self.only_text or latents is not None and latents.ndim == 4),
+                f"{path} holds no clip, which is latents (f, c, h, w) and text (l, d): remove it from the folder")
+        require(self.only_text or len(latents) >= self.frames,
+                f"{path} has {0 if latents is None else len(latents)} latent frames, a clip needs {self.frames}: remove it, or lower --frames")
+        if cfg:
+            _, c, h, w = (0, cfg.in_dim, 0, 0) if latents is None else latents.shape
+            require(c == cfg.in_dim and text.shape[1] == cfg.text_dim and len(text) <= cfg.text_len and h % cfg.patch == w % cfg.patch == 0,
+                    f"{path} has {c} channels, sides of {h} x {w} and text {tuple(text.shape)}, the network takes {cfg.in_dim} channels, sides that "
+                    f"divide by {cfg.patch}, text up to {cfg.text_len} x {cfg.text_dim}: choose the preset they were made for")
         return clip
 
 
@@ -400,8 +405,7 @@ class PatchCodec:
     @classmethod
     def fit(cls, video, patch, channels):
         """The codec of these frames (b, f, 3, H, W). UsageError for more channels than a patch has values."""
-        if channels > 3 * patch ** 2:
-            raise UsageError(f"--in-dim {channels}: a patch of {patch} x {patch} pixels has only {3 * patch ** 2} components")
+        require(channels <= 3 * patch ** 2, f"--in-dim {channels}: a patch of {patch} x {patch} pixels has only {3 * patch ** 2} components")
         x = rearrange(video, "b f c (h p) (w q) -> (b f h w) (c p q)", p=patch, q=patch).double()
         mean = x.mean(0)
         basis, power, _ = torch.linalg.svd((x - mean).T @ (x - mean) / len(x))
@@ -410,8 +414,8 @@ class PatchCodec:
         return cls(patch, mean.float(), basis[:, :channels].float().contiguous(), scale.float())
 
     def encode(self, video):
-        if video.shape[-2] % self.patch or video.shape[-1] % self.patch:
-            raise UsageError(f"frames of {video.shape[-2]}x{video.shape[-1]} do not divide into patches of {self.patch}")
+        height, width = video.shape[-2:]
+        require(height % self.patch == width % self.patch == 0, f"frames of {height}x{width} do not divide into patches of {self.patch}")
         x = rearrange(video, "b f c (h p) (w q) -> b f h w (c p q)", p=self.patch, q=self.patch)
         mean, basis, scale = (y.to(video.device) for y in (self.mean, self.basis, self.scale))
         return rearrange((x - mean) @ basis / scale, "b f h w c -> b f c h w")
@@ -431,8 +435,8 @@ class PatchCodec:
     @classmethod
     def load(cls, path):
         tensors = read_tensors(path)
-        if tensors.keys() != {"patch", "mean", "basis", "scale"}:
-            raise UsageError(f"{path} holds no codec: train the stage again, or copy the file from another stage of the run")
+        require(tensors.keys() == {"patch", "mean", "basis", "scale"},
+                f"{path} holds no codec: train the stage again, or copy the file from another stage of the run")
         return cls(int(tensors["patch"]), tensors["mean"], tensors["basis"], tensors["scale"])
 
 
@@ -451,7 +455,7 @@ def read_text(path):
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read as text ({_first_line(error)}): save it as UTF-8, or make it again") from None
+        raise UsageError(f"{path} cannot be read as text ({first_line(error)}): save it as UTF-8, or make it again") from None
 
 
 def read_json(path):
@@ -464,10 +468,9 @@ def read_json(path):
 
 def read_tensors(path):
     """A safetensors file as a dict; UsageError where it is missing or broken."""
+    require(Path(path).exists(), f"{path} does not exist: run the stage that makes it, or check the path")
     try:
         return load_file(path)
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist: run the stage that makes it, or check the path") from None
     except Exception as error:  # safetensors raises its own kinds for truncated and foreign files
         raise UsageError(f"{path} is not a readable safetensors file ({error}): make or download it again") from None
 
@@ -502,16 +505,15 @@ def picture(path):
 
 def read_image(path, size):
     """An image file as a clip of one frame: (1, 1, 3, h, w) in [-1, 1], size = (h, w) or the side of a square."""
-    if not Path(path).is_file():
-        raise UsageError(f"{path} is not a file: --image takes an image file")
+    require(Path(path).is_file(), f"{path} is not a file: --image takes an image file")
     try:
         frame = picture(path)
     except Exception as error:
-        raise UsageError(f"{path} cannot be read as an image ({_first_line(error)}): convert it to png or jpg") from None
+        raise UsageError(f"{path} cannot be read as an image ({first_line(error)}): convert it to png or jpg") from None
     return fit_frame(frame, size)[None, None].float() / 127.5 - 1
 
 
-def _first_line(error):
+def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
@@ -532,9 +534,8 @@ def frames_of(path, size, fps=0.0):
                     yield fit_frame(frame, size)
                     taken += 1
     except Exception as error:
-        raise UsageError(f"{path} cannot be read as a video ({_first_line(error)}): remove it, or convert it to mp4") from None
-    if not taken:
-        raise UsageError(f"{path} has no frames: remove it, or convert it to mp4")
+        raise UsageError(f"{path} cannot be read as a video ({first_line(error)}): remove it, or convert it to mp4") from None
+    require(taken, f"{path} has no frames: remove it, or convert it to mp4")
 
 
 def read_video(path, size, fps=0.0):
@@ -546,48 +547,36 @@ def read_video(path, size, fps=0.0):
     return torch.cat(blocks)
 
 
-class VideoWriter:
-    """Frames to an mp4 or gif by ffmpeg, written as they come, so that memory stays constant; the name appears once all is there.
+FFMPEG = {".mp4": dict(codec="libx264", quality=8, output_params=["-preset", "veryfast"]),  # it has to keep up with the stream
+          ".gif": dict(codec="gif", quality=None, pix_fmt_out="pal8", output_params=[  # every frame has a palette of its own
+              "-filter_complex", "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none", "-loop", "0"])}
 
-    Small frames are enlarged by `zoom` (whole pixels) to be visible. Every frame of a gif has a palette of its own."""
-    OPTIONS = {".mp4": dict(codec="libx264", quality=8, output_params=["-preset", "veryfast"]),  # it has to keep up with the stream
-               ".gif": dict(codec="gif", quality=None, pix_fmt_out="pal8", output_params=[
-                   "-filter_complex", "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none", "-loop", "0"])}
 
-    def __init__(self, path, fps=8, zoom=1):
-        self.path, self.fps, self.zoom, self.writer, self.frames = Path(path), fps, zoom, None, 0
-        if self.path.suffix.lower() not in self.OPTIONS:
-            raise UsageError(f"{path}: write to a name that ends in .mp4 or .gif")
+@contextlib.contextmanager
+def video_writer(path, fps=8, zoom=1):
+    """A function that takes frames (f, 3, H, W) in [-1, 1], part after part, to an mp4 or gif. Written as they come, so that memory stays
+    constant; the name appears once all is there. Small frames are enlarged by `zoom` (whole pixels) to be visible."""
+    path, file, given, there = Path(path), None, 0, 0
+    with written_whole(path) as temporary:
+        def write(frames):
+            nonlocal file, given
+            for frame in to_uint8(frames):
+                frame = np.ascontiguousarray(enlarged(frame, zoom))
+                if file is None:
+                    file = write_frames(f"file:{temporary}", frame.shape[1::-1], fps=fps, macro_block_size=1, ffmpeg_log_level="error",
+                                        **FFMPEG[path.suffix.lower()])
+                    file.send(None)
+                file.send(frame)
+                given += 1
 
-    def __enter__(self):
-        self.stack = contextlib.ExitStack()
-        self.temporary = self.stack.enter_context(written_whole(self.path))
-        return self
-
-    def write(self, frames):
-        """frames (f, 3, H, W) in [-1, 1]"""
-        for frame in to_uint8(frames):
-            frame = np.ascontiguousarray(enlarged(frame, self.zoom))
-            if self.writer is None:
-                self.writer = write_frames(f"file:{self.temporary}", frame.shape[1::-1], fps=self.fps, macro_block_size=1,
-                                           ffmpeg_log_level="error", **self.OPTIONS[self.path.suffix.lower()])
-                self.stack.push(self._finish)
-                self.writer.send(None)
-            self.writer.send(frame)
-            self.frames += 1
-
-    def _finish(self, failed, *_):
-        self.writer.close()  # waits for ffmpeg, whose exit status imageio_ffmpeg does not look at
-        if not failed:
-            try:
-                there = count_frames_and_secs(str(self.temporary))[0]
-            except RuntimeError:
-                there = 0
-            if there != self.frames:
-                raise UsageError(f"cannot write {self.path}: ffmpeg left {there} of {self.frames} frames; free some space or choose another place")
-
-    def __exit__(self, *failure):
-        return self.stack.__exit__(*failure)
+        try:
+            yield write
+        finally:
+            if file:
+                file.close()  # waits for ffmpeg, whose exit status imageio_ffmpeg does not look at
+        with contextlib.suppress(RuntimeError):  # nothing that could be counted
+            there = count_frames_and_secs(str(temporary))[0]
+        require(there == given, f"cannot write {path}: ffmpeg left {there} of {given} frames; free some space or choose another place")
 
 
 def enlarged(picture, zoom):
@@ -611,203 +600,18 @@ def write_gif_grid(path, video, columns=4, zoom=3, fps=8):
     """One animation of all videos of `video` (b, f, 3, H, W), `columns` side by side."""
     video = video[:len(video) // columns * columns] if len(video) >= columns else video
     columns = min(columns, len(video))
-    with VideoWriter(path, fps, zoom) as writer:
-        writer.write(rearrange(video, "(r k) f c h w -> f c (r h) (k w)", k=columns))
+    with video_writer(path, fps, zoom) as write:
+        write(rearrange(video, "(r k) f c h w -> f c (r h) (k w)", k=columns))
 
 
-# ---------------------------------------------------------------- real videos and texts to latents
-
-def sides(size):
-    """"480x832" -> (480, 832), height and width in pixels."""
-    try:
-        height, width = (int(n) for n in size.split("x"))
-    except ValueError:
-        height = width = 1
-    if height % 16 or width % 16 or min(height, width) < 16:
-        raise UsageError(f"--size {size} is not height x width in multiples of 16: use --size 480x832")
-    return height, width
-
-
-@contextlib.contextmanager
-def published(path):
-    """One sentence for what can go wrong while a published model is loaded from a folder."""
-    if not Path(path).is_dir():
-        raise UsageError(f"{path} is not a folder: name the one that the model was downloaded to")
-    try:
-        yield
-    except ImportError as error:
-        raise UsageError(f"{error}: pip install -r requirements-wan.txt") from None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"the model in {path} cannot be loaded ({_first_line(error)}): download it again") from None
-
-
-class WanCodec:
-    """Wan's video VAE (diffusers' AutoencoderKLWan) behind the codec interface: 1 + 4 k frames <-> 1 + k latent frames.
-
-    path: a folder with the VAE's config.json and weights. Needs requirements-wan.txt."""
-    ratio = 4  # frames to a latent frame, after the first
-
-    def __init__(self, path, device="cpu"):
-        with published(path):
-            from diffusers import AutoencoderKLWan
-            self.vae = AutoencoderKLWan.from_pretrained(path).eval().requires_grad_(False).to(device)
-        column = lambda values: torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
-        self.mean, self.std = column(self.vae.config.latents_mean), column(self.vae.config.latents_std)
-
-    def encode(self, video):
-        """(b, 1 + 4 k, 3, H, W) in [-1, 1] -> (b, 1 + k, c, H / 8, W / 8), normalised"""
-        z = self.vae.encode(video.transpose(1, 2).to(self.mean.device)).latent_dist.mode()
-        return ((z - self.mean) / self.std).transpose(1, 2)
-
-    def decode(self, latents):
-        """The inverse: (b, 1 + k, c, h, w) -> (b, 1 + 4 k, 3, H, W)"""
-        return self.decoder()(latents)
-
-    def decoder(self):
-        """decode() for a stream, part by part: a callable that goes on where its last call ended, at constant memory."""
-        vae, first = self.vae, [True]
-        vae.clear_cache()
-        memory = list(vae._feat_map)  # one of its own, so that two streams do not meet
-
-        @torch.autocast(self.mean.device.type, enabled=False)  # the VAE is published in float32
-        def decode(latents):
-            z = vae.post_quant_conv(latents.float().transpose(1, 2).to(self.mean.device) * self.std + self.mean)
-            frames = []
-            for frame in z.split(1, 2):  # as AutoencoderKLWan does inside, but for the end of the stream
-                frames.append(vae.decoder(frame, feat_cache=memory, feat_idx=[0], first_chunk=bool(first) and first.pop()))
-            return torch.cat(frames, 2).clamp(-1, 1).transpose(1, 2)
-
-        return decode
-
-
-class CaptionEncoder:
-    """Wan's text encoder (transformers' UMT5): captions to embeddings (l, d), one for each token, the padding left out."""
-
-    def __init__(self, path, length=512, device="cpu"):
-        with published(path):
-            from transformers import AutoTokenizer, UMT5EncoderModel
-            self.tokens, self.length, self.device = AutoTokenizer.from_pretrained(path), length, device
-            self.model = UMT5EncoderModel.from_pretrained(path).eval().requires_grad_(False).to(device)
-
-    def encode(self, caption):
-        """str -> (l, d), l at most `length`"""
-        given = self.tokens(caption, max_length=self.length, truncation=True, return_tensors="pt").to(self.device)
-        if not given["input_ids"].numel():  # no caption, and a tokenizer that adds no end mark
-            return torch.zeros(1, self.model.config.d_model)
-        return self.model(**{k: given[k] for k in ("input_ids", "attention_mask")}).last_hidden_state[0].float()
-
-
-def captions_in(folder):
-    """{file name: caption} of a folder: captions.csv (file,caption), captions.jsonl ({"file": ..., "caption": ...}) and
-    .txt files beside the videos, the later ones winning."""
-    folder, found = Path(folder), {}
-    for path in (folder / "captions.csv", folder / "captions.jsonl"):
-        lines = read_text(path).splitlines() if path.is_file() else []
-        try:
-            rows = csv.DictReader(lines) if path.suffix == ".csv" else [json.loads(line) for line in lines if line.strip()]
-            found |= {row["file"]: row["caption"].strip() for row in rows}
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise UsageError(f"{path} needs a file and a caption in every row, as columns of a csv or keys of json lines") from None
-    return found | {p.name: read_text(p.with_suffix(".txt")).strip() for p in folder.iterdir() if p.with_suffix(".txt").is_file()}
-
-
-def cut(frames, length):
-    """A stream of frames as clips (length, 3, h, w), one after the other; what is left at the end is dropped."""
-    while len(part := list(itertools.islice(frames, length))) == length:
-        yield torch.stack(part)
-
-
-def to_encode(args):
-    """(videos, captions) that `python data.py encode` was given, one of them empty. UsageError before anything is loaded."""
-    if args.frames % 4 != 1 or args.frames < 1:
-        raise UsageError(f"--frames {args.frames} is not 4 k + 1: use --frames {max(5, args.frames // 4 * 4 + 1)}")
-    if bool(args.prompts) == bool(args.videos) or args.videos and not args.vae:
-        raise UsageError("name either --videos with --vae, or --prompts")
-    check_device(args.device)
-    if args.videos:
-        sources = sorted(p for p in Path(args.videos).glob("*") if p.suffix.lower() in VIDEO_ENDINGS)
-        if not sources:
-            raise UsageError(f"no videos in {args.videos}: put {', '.join(VIDEO_ENDINGS)} files there")
-        return sources, []
-    lines = [line for line in read_text(args.prompts).splitlines() if line.strip()]
-    if not lines:
-        raise UsageError(f"{args.prompts} has no captions: write one a line")
-    if len(there := clips_in(args.out)) > len(lines):
-        raise UsageError(f"{args.out} holds {len(there)} files, {args.prompts} has {len(lines)} captions: choose another --out, "
-                         "or the others would be trained on too")
-    return [], lines
-
-
-def encode(args):
-    """`python data.py encode`: a .safetensors per clip. Finished videos are skipped, unreadable and short ones listed at the end."""
-    size, out, bad, (sources, lines) = sides(args.size), Path(args.out), [], to_encode(args)
-    words = CaptionEncoder(args.text_encoder, device=args.device)
-    with torch.no_grad():
-        if args.negative is not None or not (out / "negative" / "text.safetensors").is_file():
-            save_tensors(out / "negative" / "text.safetensors", {"text": words.encode(args.negative or "")})
-        if lines:
-            return encode_prompts(lines, words, out)
-    codec = WanCodec(args.vae, args.device)
-    captions, shape = captions_in(args.videos), f"{args.size} {args.frames} frames {args.fps:g} fps"
-    for path in tqdm(sources, unit="video"):
-        done = out / "done" / path.name
-        if done.is_file():
-            if done.read_text() != shape:
-                raise UsageError(f"{out} was made with {done.read_text()}, now it is {shape}: choose another --out")
-            continue
-        try:
-            encode_video(path, captions.get(path.name, ""), codec, words, out, size, args)
-        except UsageError as error:
-            if "cannot write" in str(error):
-                raise
-            bad.append(str(error))
-            for part in [p for p in clips_in(out) if p.name.startswith(f"{path.name}-")]:
-                part.unlink()  # of a video that breaks off in the middle
-            continue
-        with written_whole(done) as temporary:
-            temporary.write_text(shape)
-    print(f"{len(clips_in(out))} clips in {out}" + "".join(f"\nskipped: {line}" for line in bad))
-
-
-@torch.no_grad()
-def encode_video(path, caption, codec, words, out, size, args):
-    """The clips of one video, a file each. UsageError where it is shorter than one."""
-    text, n = words.encode(caption), -1
-    for n, clip in enumerate(cut(frames_of(path, size, args.fps), args.frames)):
-        latents = codec.encode(clip[None].float() / 127.5 - 1)[0]
-        save_tensors(out / f"{path.name}-{n:04d}.safetensors", {"latents": latents, "text": text})
-    if n < 0:
-        raise UsageError(f"{path} is shorter than a clip of {args.frames} frames")
-
-
-def encode_prompts(lines, words, out):
-    """Captions to a .safetensors each: all that stage 1 needs, and with it stage 2."""
-    for n, line in enumerate(tqdm(lines, unit="caption")):
-        save_tensors(out / f"{n:06d}.safetensors", {"text": words.encode(line)})
-    print(f"{len(lines)} captions in {out}")
-
-
-def encode_flags(argv):
-    """The command line of `python data.py encode`."""
-    parser = Flags(encode.__doc__, prog="data.py encode")
-    parser.add_argument("--videos", help=f"folder of {', '.join(VIDEO_ENDINGS)}; captions as .txt, captions.csv or .jsonl")
-    parser.add_argument("--out", required=True, help="folder for the latents")
-    parser.add_argument("--prompts", help="instead of videos: a text file with a caption a line, enough for stages 1 and 2")
-    parser.add_argument("--vae", help="folder of Wan's VAE, as diffusers saves it")
-    parser.add_argument("--text-encoder", required=True, help="folder of Wan's UMT5 encoder and tokenizer, as transformers saves them")
-    parser.add_argument("--size", default="480x832", help="height x width in pixels")
-    parser.add_argument("--frames", type=int, default=81, help="frames of a clip, 4 k + 1")
-    parser.add_argument("--fps", type=float, default=16, help="thin frames out to this rate; 0: every frame")
-    parser.add_argument("--negative", help="what guidance keeps away from; default: the empty caption")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
-    return parser.parse_args(argv)
-
+# ---------------------------------------------------------------- the command
 
 def main(argv=None):
-    """`python data.py --preview PNG`: what training will see. `python data.py encode`: see encode()."""
+    """`python data.py --preview PNG`: what training will see. `python data.py encode`: see wan.py."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["encode"]:
-        return encode(encode_flags(argv[1:]))
+        import wan  # which itself reads this file
+        return wan.main(argv[1:])
     parser = Flags(__doc__)
     parser.add_argument("--preview", metavar="PNG", required=True, help="contact sheet to write")
     parser.add_argument("--data", default="", help="folder of videos; empty: the toy world")
@@ -816,11 +620,10 @@ def main(argv=None):
     parser.add_argument("--fps", type=float, default=0.0, help="thin frames out to this rate; 0: every frame")
     parser.add_argument("--clips", type=int, default=8, help="rows of the sheet")
     args = parser.parse_args(argv)
-    if min(args.clips, args.frames, args.size) < 1 or not args.fps >= 0 or Path(args.preview).suffix.lower() not in IMAGE_ENDINGS:
-        raise UsageError(f"--preview takes a name that ends in {', '.join(IMAGE_ENDINGS)}, --clips, --frames and --size at least 1, --fps at least 0")
+    require(min(args.clips, args.frames, args.size) >= 1 and args.fps >= 0 and Path(args.preview).suffix.lower() in IMAGE_ENDINGS,
+            f"--preview takes a name that ends in {', '.join(IMAGE_ENDINGS)}, --clips, --frames and --size at least 1, --fps at least 0")
     data = dataset(args)
-    if data.latent:
-        raise UsageError(f"{args.data} holds latents, which cannot be shown: --preview takes a folder of videos")
+    require(not data.latent, f"{args.data} holds latents, which cannot be shown: --preview takes a folder of videos")
     batch = data.batch(range(args.clips))
     write_sheet(args.preview, batch["video"])
     for caption in batch["text"]:

@@ -72,12 +72,10 @@ def chunk_bounds(frames, first, chunk):
     """[(start, end)] of every chunk of a clip: one of `first` frames (none if 0), then `chunk` frames each.
 
     Raises UsageError where the frames do not divide into chunks."""
-    if chunk < 1 or first < 0:
-        raise UsageError(f"--chunk {chunk} --first {first}: a chunk has at least 1 frame, the image at least 0")
-    if frames < first + chunk or (frames - first) % chunk:
-        near = first + max(1, round((frames - first) / chunk)) * chunk
-        raise UsageError(f"{frames} frames do not divide into a first chunk of {first} and chunks of {chunk}: "
-                         f"use --frames {near}, or another --chunk")
+    require(chunk >= 1 and first >= 0, f"--chunk {chunk} --first {first}: a chunk has at least 1 frame, the image at least 0")
+    near = first + max(1, round((frames - first) / chunk)) * chunk
+    require(frames == near, f"{frames} frames do not divide into a first chunk of {first} and chunks of {chunk}: "
+            f"use --frames {near}, or another --chunk")
     starts = list(range(first, frames, chunk))
     return ([(0, first)] if first else []) + [(s, s + chunk) for s in starts]
 
@@ -370,6 +368,12 @@ def build(cfg):
 
 class UsageError(ValueError):
     """Something that whoever typed the command can mend: one sentence that names the thing and the remedy."""
+
+
+def require(condition, sentence):
+    """UsageError with this sentence unless the condition holds."""
+    if not condition:
+        raise UsageError(sentence)
 
 
 # ---------------------------------------------------------------- weights on disk

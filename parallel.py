@@ -9,14 +9,17 @@
     save_state()     all that a resumed run needs, on any number of processes
 """
 import contextlib
+import fcntl
 import functools
 import gc
+import hashlib
 import os
 import shutil
 import sys
 import time
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-from model import UsageError
+from model import UsageError, require
 
 warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # keys and values leave a block as views, and nothing changes them in place
 
@@ -51,9 +54,9 @@ def processes(device=""):
     if "RANK" in os.environ:
         cuda = device == "cuda" or not device and torch.cuda.is_available()
         if cuda:
-            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-                raise UsageError(f"{torch.cuda.device_count()} GPUs are here, torchrun asks for more processes: lower --nproc_per_node, or say --device cpu")
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            rank, number = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            require(rank < number, f"{number} GPUs are here, torchrun asks for more processes: lower --nproc_per_node, or say --device cpu")
+            torch.cuda.set_device(rank)
         # the first process writes and scores alone at the end of a stage, while the others wait
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     try:
@@ -72,6 +75,21 @@ def averaged(log):
         dist.all_reduce(values)
         log = dict(zip(log, (values / dist.get_world_size()).tolist()))
     return log
+
+
+def by_first(function, *args):
+    """function(*args), called by the first process for all: where it fails, all stop, and the first says why."""
+    answer = [None]
+    if world()[0] == 0:
+        try:
+            answer = [function(*args)]
+        except UsageError as error:
+            answer = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    if isinstance(answer[0], UsageError):
+        raise SystemExit(2) if world()[0] else answer[0]
+    return answer[0]
 
 
 def whole(x):
@@ -218,36 +236,18 @@ def context_group(size):
 
 
 class Exchange(torch.autograd.Function):
-    """All-to-all over a group: x is cut into p parts along one dimension, and joined along another. Backward: the reverse."""
+    """All-to-all over a group: of parts (p, ...), one for every process, to those that every process has for this one. Its own reverse."""
 
     @staticmethod
-    def forward(ctx, x, group, cut, join):
-        ctx.reverse = group, join, cut
-        parts = torch.stack(x.chunk(dist.get_world_size(group), cut))
+    def forward(ctx, parts, group):
+        ctx.group, parts = group, parts.contiguous()
         out = torch.empty_like(parts)
         dist.all_to_all_single(out, parts, group=group)
-        return torch.cat(out.unbind(), join)
+        return out
 
     @staticmethod
     def backward(ctx, gradient):
-        return Exchange.apply(gradient, *ctx.reverse), None, None, None
-
-
-class Gather(torch.autograd.Function):
-    """The parts of a group, joined along a dimension, on every process. Backward: the sum of what all of them want of one's own."""
-
-    @staticmethod
-    def forward(ctx, x, group, join):
-        ctx.group, ctx.join = group, join
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.cat(parts, join)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient.chunk(dist.get_world_size(ctx.group), ctx.join)[dist.get_rank(ctx.group)], None, None
+        return Exchange.apply(gradient, ctx.group), None
 
 
 def spread_tokens(module, group):
@@ -259,17 +259,19 @@ def spread_tokens(module, group):
     Gradients: every process backpropagates the loss of the whole clip, and gathering adds these up, so that each holds p times
     the part that went through its own tokens. The mean over processes is the gradient: FSDP's for weights, `meant` for the clip."""
     net, size, rank = getattr(module, "backbone", module), dist.get_world_size(group), dist.get_rank(group)
+    exchange = lambda parts, join: torch.cat(Exchange.apply(parts, group).unbind(), join)
+    gather = lambda x, join: exchange(x.expand(size, *x.shape), join)  # everybody gets all of x
 
     def to_heads(_, args, y):       # (b, f, n / p, dim) -> (b, f, n, dim / p)
         autocast = torch.is_autocast_enabled(y.device.type)
-        return Exchange.apply(y.to(torch.get_autocast_dtype(y.device.type)) if autocast else y, group, 3, 2)
+        return exchange(torch.stack((y.to(torch.get_autocast_dtype(y.device.type)) if autocast else y).chunk(size, 3)), 2)
 
     def to_tokens(_, args):         # and back
-        return Exchange.apply(args[0], group, 2, 3)
+        return exchange(torch.stack(args[0].chunk(size, 2)), 3)
 
     def own_tokens(_, args):
-        if args[0].shape[2] % size:
-            raise UsageError(f"--context-parallel {size} does not divide the {args[0].shape[2]} tokens of a frame: choose another --size")
+        tokens = args[0].shape[2]
+        require(tokens % size == 0, f"--context-parallel {size} does not divide the {tokens} tokens of a frame: choose another --size")
         return args[0].chunk(size, 2)[rank], *args[1:]
 
     def meant(_, args):
@@ -291,13 +293,39 @@ def spread_tokens(module, group):
         for name in ("v", "norm_q", "norm_k"):
             getattr(attention, name).register_forward_hook(to_heads)
         attention.o.register_forward_pre_hook(to_tokens)
-    net.head.register_forward_hook(lambda _, args, y: Gather.apply(y, group, 2))
+    net.head.register_forward_hook(lambda _, args, y: gather(y, 2))
     if module is not net:  # a discriminator: its queries ask all tokens
         for head in module.heads:
-            head.register_forward_pre_hook(lambda _, args: Gather.apply(args[0], group, 1))
+            head.register_forward_pre_hook(lambda _, args: gather(args[0], 1))
 
 
 # ---------------------------------------------------------------- saved states: every process writes and reads its own part
+
+@contextlib.contextmanager
+def locked(folder):
+    """A stage's folder for this run alone; UsageError where another run is at work there. Ends with the process, however that ends."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # of another kind: a file system without locks, on which nobody can tell
+            if isinstance(error, BlockingIOError):
+                raise UsageError(f"another run is training in {folder}: wait for it, or choose another --out or --tag") from None
+        yield
+
+
+def fingerprint(path):
+    """A short text that changes with the weights in a stage's folder, or with official ones: of their sizes, first and last bytes."""
+    path, digest = Path(path), hashlib.sha256()
+    for file in [path / "ema.safetensors"] if (path / "ema.safetensors").is_file() else sorted(
+            [path] if path.is_file() else [p for p in path.glob("*") if p.suffix in (".safetensors", ".pt")]):
+        size = file.stat().st_size
+        with open(file, "rb") as f:
+            start = f.read(2 ** 20)
+            f.seek(max(0, size - 2 ** 20))
+            digest.update(str(size).encode() + start + f.read())
+    return digest.hexdigest()[:16]
+
 
 def begin_state(optimizer):
     """Give an optimizer its moments, all zero. Saving a state would do so by a step without gradients, which counts as one."""

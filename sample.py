@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (CaptionEncoder, Flags, PatchCodec, VideoWriter, WanCodec, WordEncoder, asked_to_stop, check_device, dataset, explain, held_out,
-                  read_image, read_json, sides)
+from data import (FFMPEG, Flags, PatchCodec, WordEncoder, asked_to_stop, check_device, dataset, explain, held_out, read_image, read_json,
+                  video_writer)
 from losses import add_noise, guide, shift_time, x0_from_flow
-from model import PRESETS, Config, KVCache, UsageError, build, load_into, open_weights
+from model import PRESETS, Config, KVCache, build, load_into, open_weights, require
 from parallel import now
+from wan import CaptionEncoder, WanCodec, sides
 
 
 def schedule(steps, shift):
@@ -150,21 +151,17 @@ def context_of(settings):
 def read_settings(folder):
     """The settings that train.py left in a stage's folder, as a dict; None where `folder` is not a stage's, but a file
     or folder of official weights. UsageError where it is missing or damaged."""
-    folder, config = Path(folder), Path(folder) / "config.json"
-    beside = folder.parent / "config.json"
-    if folder.is_file() and beside.is_file() and "stage" in read_json(beside):
-        raise UsageError(f"{folder} is part of a stage: name its folder, {folder.parent}")
-    official = folder.is_file() or any(p.suffix in (".safetensors", ".pt") for p in folder.glob("*"))
+    folder, config, beside = Path(folder), Path(folder) / "config.json", Path(folder).parent / "config.json"
+    require(not (folder.is_file() and beside.is_file() and "stage" in read_json(beside)),
+            f"{folder} is part of a stage: name its folder, {folder.parent}")
     settings = read_json(config) if config.is_file() else {}
-    if not isinstance(settings, dict):
-        raise UsageError(f"{config} is damaged: train the stage again")
+    require(isinstance(settings, dict), f"{config} is damaged: train the stage again")
     if "stage" in settings:
-        if missing := [f.name for f in fields(Config) if f.name not in settings]:
-            raise UsageError(f"{config} does not say {', '.join(missing)}: train the stage again")
+        missing = [field.name for field in fields(Config) if field.name not in settings]
+        require(not missing, f"{config} does not say {', '.join(missing)}: train the stage again")
         return {"context_level": 0.0, **settings, "where": str(folder)}  # of runs older than that field
-    if not official:
-        raise UsageError(f"{folder} holds no finished stage and no weights: train it first (python train.py --stage N), "
-                         "or name another")
+    require(folder.is_file() or any(p.suffix in (".safetensors", ".pt") for p in folder.glob("*")),
+            f"{folder} holds no finished stage and no weights: train it first (python train.py --stage N), or name another")
     return None
 
 
@@ -172,19 +169,13 @@ def load_stage(folder, file="ema.safetensors", preset=None, device="cpu", dtype=
     """(network, codec or None, settings as a dict) of what train.py left in a stage's folder, or of a student's official
     weights, to which `preset` gives the shape. UsageError where they are missing. Weights are read one tensor at a time."""
     folder, settings = Path(folder), read_settings(folder)
-
-    def network(cfg, path):
-        with torch.device("meta"):
-            net = build(cfg).to(dtype)
-        return load_into(net.to_empty(device=device), open_weights(path), path)
-
+    path, codec = (folder, None) if settings is None else (folder / file, load_codec(folder))
     if settings is None:
-        if preset not in PRESETS:
-            raise UsageError(f"{folder} holds weights without settings: say --preset {' or '.join(p for p in PRESETS if p != 'toy')}")
-        cfg = Config(**PRESETS[preset])
-        return network(cfg, folder), None, {**asdict(cfg), "stage": 2, "student_steps": 4, "context_level": 0.0}
-    cfg = Config(**{f.name: settings[f.name] for f in fields(Config)})
-    return network(cfg, folder / file), load_codec(folder), settings
+        require(preset in PRESETS, f"{folder} holds weights without settings: say --preset {' or '.join(p for p in PRESETS if p != 'toy')}")
+        settings = {**asdict(Config(**PRESETS[preset])), "stage": 2, "student_steps": 4, "context_level": 0.0}
+    with torch.device("meta"):
+        net = build(Config(**{field.name: settings[field.name] for field in fields(Config)})).to(dtype)
+    return load_into(net.to_empty(device=device), open_weights(path), path), codec, settings
 
 
 def load_codec(folder):
@@ -198,8 +189,7 @@ def load_codec(folder):
 def newest_stage(root="out"):
     """The stage that was finished last in a folder under out/."""
     done = sorted(Path(root).glob("*/stage*/ema.safetensors"), key=lambda p: p.stat().st_mtime)
-    if not done:
-        raise UsageError(f"no finished stage under {root}/: run python train.py first, or name one with --weights")
+    require(done, f"no finished stage under {root}/: run python train.py first, or name one with --weights")
     return done[-1].parent
 
 
@@ -217,31 +207,27 @@ def stream(net, codec, settings, first, text, randn, frames, steps):
 
 def inputs(args, codec, settings):
     """What the command line asks for: (codec, first latent frames, embedded text, caption)."""
-    if args.image and settings["first"] != 1:
-        raise UsageError(f"{settings.get('where', 'this network')} was trained " + (
-            f"to go on from {settings['first']} frames (--first), one --image is not enough" if settings["first"] else
-            "without an image (--first 0): leave out --image and give it a --prompt"))
+    where, given = settings.get("where", "this network"), settings["first"]
+    require(not args.image or given == 1, f"{where} was trained " + (
+        f"to go on from {given} frames (--first), one --image is not enough" if given else
+        "without an image (--first 0): leave out --image and give it a --prompt"))
     if codec is None:
-        if not (args.vae and args.text_encoder and (args.image or args.prompt)):
-            raise UsageError("this network was trained on latents: name --vae, --text-encoder, and --image or --prompt as well")
+        require(args.vae and args.text_encoder and (args.image or args.prompt),
+                "this network was trained on latents: name --vae, --text-encoder, and --image or --prompt as well")
         codec, words = WanCodec(args.vae, args.device), CaptionEncoder(args.text_encoder, settings["text_len"], args.device)
         size, caption = sides(args.size or "480x832"), args.prompt or ""
         nothing = torch.empty(1, 0, settings["in_dim"], size[0] // 8, size[1] // 8)  # text alone: no chunk is given
         return codec, codec.encode(read_image(args.image, size)) if args.image else nothing, words.encode(caption)[None], caption
-    if args.vae or args.text_encoder or args.size:
-        raise UsageError(f"{settings['where']} brings its own codec and words: leave out --vae, --text-encoder and --size")
-    alone = settings["first"] == 0  # it was trained without an image
-    if alone and not (args.from_data or args.prompt):
-        raise UsageError(f"{settings['where']} was trained without an image: say with --prompt what shall be seen, or take a held-out clip's caption with --from-data")
-    if not (args.image or args.from_data or alone):
-        raise UsageError(f"{settings['where']} animates an image: name one with --image, or take a held-out clip's with --from-data")
+    require(not (args.vae or args.text_encoder or args.size), f"{where} brings its own codec and words: leave out --vae, --text-encoder and --size")
+    require(given or args.from_data or args.prompt,
+            f"{where} was trained without an image: say with --prompt what shall be seen, or take a held-out clip's caption with --from-data")
+    require(not given or args.image or args.from_data, f"{where} animates an image: name one with --image, or take a held-out clip's with --from-data")
+    pixels, caption = torch.zeros(1, 1, 3, settings["size"], settings["size"]), ""  # for their shape
     if args.image:
-        pixels, caption = read_image(args.image, settings["size"]), ""
-    elif not args.from_data:
-        pixels, caption = torch.zeros(1, 1, 3, settings["size"], settings["size"]), ""  # for its shape
-    else:
+        pixels = read_image(args.image, settings["size"])
+    elif args.from_data:
         clip = dataset(SimpleNamespace(**settings)).batch([held_out(args.seed % 100_000 + 1)[-1]])
-        pixels, caption = clip["video"][:, :max(1, settings["first"])], clip["text"][0]
+        pixels, caption = clip["video"][:, :max(1, given)], clip["text"][0]
     caption = caption if args.prompt is None else args.prompt
     return codec, codec.encode(pixels), WordEncoder(settings["text_len"], settings["text_dim"]).encode([caption]), caption
 
@@ -272,17 +258,15 @@ def arguments(argv):
     parser.add_argument("--zoom", type=int, default=0, help="enlarge pixels; default: to about 256 pixels")
     parser.add_argument("--out", default="sample.mp4", help="file to write, .mp4 or .gif")
     args = parser.parse_args(argv)
-    if args.frames < 0 or args.steps and min(args.steps) < 1:
-        raise UsageError("--frames and --steps must be positive")
-    if not 0 <= args.fps <= 1000 or args.zoom < 0 or not (args.context_level or 0) <= 1:
-        raise UsageError("--fps and --zoom must be positive, --fps at most 1000, --context-level at most 1")
-    if not 0 <= args.seed < 2 ** 63:
-        raise UsageError(f"--seed {args.seed} is not one of 0 to 2^63 - 1")
+    require(args.frames >= 0 and min(args.steps or [1]) >= 1, "--frames and --steps must be positive")
+    require(0 <= args.fps <= 1000 and args.zoom >= 0 and (args.context_level or 0) <= 1,
+            "--fps and --zoom must be positive, --fps at most 1000, --context-level at most 1")
+    require(0 <= args.seed < 2 ** 63, f"--seed {args.seed} is not one of 0 to 2^63 - 1")
     for name, least in (("chunk", 1), ("sink", 0), ("window", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise UsageError(f"--{name} {getattr(args, name)} is too small: use {least} or more")
+        value = getattr(args, name)
+        require(value is None or value >= least, f"--{name} {value} is too small: use {least} or more")
+    require(Path(args.out).suffix.lower() in FFMPEG, f"{args.out}: write to a name that ends in {' or '.join(FFMPEG)}")
     check_device(args.device)
-    VideoWriter(args.out)  # refuses a name it cannot write
     if args.image:
         read_image(args.image, sides(args.size or "16x16"))  # or a picture that cannot be read, before minutes of loading
     return args
@@ -293,17 +277,14 @@ def main(argv=None):
     args = arguments(argv)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     net, codec, settings = load_stage(args.weights or newest_stage(), preset=args.preset, device=args.device, dtype=dtype)
-    if args.preset and settings.get("where"):
-        raise UsageError(f"{settings['where']} says its own shape: leave out --preset")
-    given = [name for name in ("chunk", "sink", "window", "context_level") if getattr(args, name) is not None]
-    if settings["stage"] == 0 and (given or len(args.steps or [0]) > 1):
-        raise UsageError(f"{settings['where']} is a teacher, which makes a clip at once: leave out --chunk, --sink, --window and --context-level, "
-                         "give --steps one number, or name a later stage with --weights")
-    if args.context_level is not None:
-        settings["context_level"] = args.context_level
-    for name in ("chunk", "sink", "window"):
-        if getattr(args, name) is not None:
-            setattr(net.cfg, name, getattr(args, name))
+    where, given = settings.get("where"), {name: getattr(args, name) for name in ("chunk", "sink", "window", "context_level")
+                                           if getattr(args, name) is not None}
+    require(not args.preset or not where, f"{where} says its own shape: leave out --preset")
+    require(settings["stage"] or not given and len(args.steps or [0]) == 1, f"{where} is a teacher, which makes a clip at once: leave out "
+            "--chunk, --sink, --window and --context-level, give --steps one number, or name a later stage with --weights")
+    settings["context_level"] = given.pop("context_level", settings["context_level"])
+    for name, value in given.items():
+        setattr(net.cfg, name, value)
     codec, first, text, caption = inputs(args, codec, settings)
     first, text = first.to(args.device)[:, :settings["first"]], text.to(args.device)
     noise = torch.Generator().manual_seed(args.seed)
@@ -313,11 +294,11 @@ def main(argv=None):
 
     began, writing, written, chunks = time.perf_counter(), 0.0, 0, []
     half = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
-    with (torch.no_grad(), half, VideoWriter(args.out, args.fps or (16 if codec.ratio > 1 else 8), zoom) as writer,
+    with (torch.no_grad(), half, video_writer(args.out, args.fps or (16 if codec.ratio > 1 else 8), zoom) as write,
           asked_to_stop(signal.SIGINT, signal.SIGTERM) as came):
         for part in tqdm(stream(net, codec, settings, first, text, randn, frames, args.steps), unit="chunk"):
             drawn = now(first.device)
-            writer.write(part)
+            write(part)
             ended, written = time.perf_counter(), written + len(part)
             writing += ended - drawn
             chunks.append((ended - began, ended - began - writing, written))

@@ -39,6 +39,7 @@ import model as M
 import parallel
 import sample
 import train
+import wan
 from discriminator import Discriminator
 from experiments import ablations, bench, evaluate, figures, plan
 
@@ -620,12 +621,12 @@ def test_long_captions_are_cut_and_said_once(capsys):
 @pytest.mark.parametrize("ending", [".mp4", ".gif"])
 def test_videos_are_written_as_they_come(tmp_path, ending):
     frames = torch.rand(300, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    with data.VideoWriter(tmp_path / f"a{ending}", zoom=4) as writer:
+    with data.video_writer(tmp_path / f"a{ending}", zoom=4) as write:
         for part in frames.split(50):
-            writer.write(part)
+            write(part)
         assert max(p.stat().st_size for p in tmp_path.iterdir()) > 100_000 and not (tmp_path / f"a{ending}").exists()
-    with data.VideoWriter(tmp_path / f"12:30{ending}") as writer:  # a colon is no protocol of ffmpeg's
-        writer.write(frames[:1])
+    with data.video_writer(tmp_path / f"12:30{ending}") as write:  # a colon is no protocol of ffmpeg's
+        write(frames[:1])
     back = data.read_video(tmp_path / f"a{ending}", 128)
     assert len(back) == 300 and (ending == ".mp4" or (back[7, :, ::4, ::4].float() / 127.5 - 1 - frames[7]).abs().mean() < 0.1)
 
@@ -686,20 +687,20 @@ def test_images(tmp_path):
 @pytest.mark.parametrize("name", ["v.mp4", "v.gif"])
 def test_writer_keeps_size_and_writes_whole_files(tmp_path, name):
     video = data.ToyWorld(34, 6).batch([0])["video"][0]
-    with data.VideoWriter(tmp_path / name, fps=8, zoom=3) as writer:
-        writer.write(video[:3])
+    with data.video_writer(tmp_path / name, fps=8, zoom=3) as write:
+        write(video[:3])
         assert not (tmp_path / name).exists()
-        writer.write(video[3:])
+        write(video[3:])
     back = data.read_video(tmp_path / name, 34)
     assert iio.get_reader(tmp_path / name).get_data(0).shape[:2] == (102, 102)
     assert len(back) == 6 and (back.float() / 127.5 - 1 - video).abs().mean() < 0.1
     with pytest.raises(RuntimeError):
-        with data.VideoWriter(tmp_path / name) as writer:
-            writer.write(video[:1])
+        with data.video_writer(tmp_path / name) as write:
+            write(video[:1])
             raise RuntimeError("interrupted")
     assert len(data.read_video(tmp_path / name, 34)) == 6 and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(M.UsageError, match="mp4 or .gif"):
-        data.VideoWriter(tmp_path / "v.txt")
+        sample.main(["--from-data", "--out", str(tmp_path / "v.txt")])
 
 
 # ---------------------------------------------------------------- the evaluator, calibrated
@@ -1126,7 +1127,7 @@ def test_videos_and_captions_become_latents(tmp_path, capsys):
     clips = {p.stem: load_file(p) for p in (tmp_path / "latents").glob("*.safetensors")}
     assert clips.keys() == {"a.mp4-0000", "a.mp4-0001", "b.gif-0000"} and clips["a.mp4-0001"]["latents"].shape == (3, 4, 4, 6)
     assert clips["a.mp4-0000"]["text"].shape == (2, 8) and torch.equal(clips["a.mp4-0000"]["text"], clips["a.mp4-0001"]["text"])
-    codec = data.WanCodec(tmp_path / "vae")
+    codec = wan.WanCodec(tmp_path / "vae")
     whole = data.read_video(tmp_path / "clips" / "a.mp4", (32, 48))[None, :9].float() / 127.5 - 1
     assert torch.allclose(codec.encode(whole)[0], clips["a.mp4-0000"]["latents"], atol=1e-6)
     latents, part = codec.encode(whole), codec.decoder()
@@ -1160,12 +1161,12 @@ def test_videos_and_captions_become_latents(tmp_path, capsys):
 def test_texts_to_encode_are_checked_first(tmp_path):
     """Before minutes of loading; and a file of prompts that has become shorter leaves nothing behind."""
     (tmp_path / "prompts.txt").write_text("\n")
-    for flags, message in ((["--prompts", str(tmp_path / "prompts.txt")], "has no captions"), (["--videos", "nowhere", "--vae", "v"], "no videos in"),
+    for flags, message in ((["--prompts", str(tmp_path / "prompts.txt")], "has no captions"), (["--videos", "nowhere", "--vae", "v"], "nowhere is not a folder of videos"),
                            (["--videos", str(tmp_path), "--vae", "v", "--size", "0x0"], "multiples of 16")):
         with pytest.raises(M.UsageError, match=message):
             data.main(["encode", "--out", str(tmp_path / "out"), "--text-encoder", "t", *flags])
     assert not (tmp_path / "out").exists()
-    data.encode_prompts(["one", "two"], SimpleNamespace(encode=lambda caption: torch.zeros(1, 4)), tmp_path / "out")
+    wan.encode_prompts(["one", "two"], SimpleNamespace(encode=lambda caption: torch.zeros(1, 4)), tmp_path / "out")
     umask = os.umask(0)
     os.umask(umask)
     assert {p.stat().st_mode & 0o777 for p in data.clips_in(tmp_path / "out")} == {0o666 & ~umask}
@@ -1190,30 +1191,30 @@ def shell(*command, status=0, cwd=HERE):
     ("--no-such-flag 3", "unrecognized arguments"),
     ("--stage 0 --frames 15", "use --frames 16"),
     ("--stage 0 --size 33", "use --size 32"),
-    ("--stage 0 --data nowhere", "nowhere is not a folder"),
+    ("--stage 0 --data nowhere", "nowhere is not a folder of videos"),
     ("--stage 2", "holds no finished stage"),
     ("--stage 3 --dmd 0 --gan 0", "nothing to learn from"),
     ("--chunk 0", "at least 1 frame"),
-    ("--levels 0", "too small"),
+    ("--levels 0", "--levels 0 does not work: it has to be at least 1"),
     ("--num-heads 3", "does not divide into --num-heads"),
     ("--in-dim 8", "must be the same"),
     ("--seed 100", "held-out"),
     ("--tag mine", "belong to one stage"),
-    ("--device tpu", "is not here"), ("--context-parallel 0", "too small"), ("--context-parallel 3", "heads"),
+    ("--device tpu", "say cuda, mps or cpu"), ("--device mps", "is not here"), ("--context-parallel 0", "--context-parallel 0 does not work"), ("--context-parallel 3", "heads"),
     ("--stage 0 --context-parallel 2", "does not divide 1 processes"), ("--latent-size 5 6", "divide by 2"), ("--betas 0.5", "two numbers"),
-    ("--window 0", "--window 0 is too small"), ("--shift nan", "--shift nan is too small"), ("--freq-dim 63", "must be even"),
-    ("--in-dim 100 --out-dim 100", "has only 48 components"), ("--level-weights 0 0 0 0 0", "from 0 up"), ("--frames 2 --chunk 1", "too short"),
-    ("--lr -1", "too small"), ("--preset wan-1.3b --stage 0", "--teacher"), ("--gpus 8", "--gpus needs --plan"),
-    ("--stage 0 --batch-size 0", "--batch-size 0 is too small"),
+    ("--window 0", "--window 0 does not work"), ("--shift nan", "--shift nan does not work"), ("--freq-dim 63", "must be even"),
+    ("--in-dim 100 --out-dim 100", "has only 48 components"), ("--level-weights 0 0 0 0 0", "from 0 up"), ("--frames 2 --chunk 1", "at least 3"),
+    ("--lr -1", "--lr -1.0 does not work"), ("--preset wan-1.3b --stage 0", "--teacher"), ("--gpus 8", "--gpus needs --plan"),
+    ("--stage 0 --batch-size 0", "--batch-size 0 does not work"),
     ("--stage 3 --disc-layers 9", "--disc-layers 9 does not work"), ("--stage 3 --disc-layers 1 1", "different blocks"),
-    ("--stage 2 --gan 1 --disc-layers 9", "--disc-layers 9 does not work"), ("--betas 0.9 1", "below 1"), ("--dim 0", "--dim 0 is too small"),
+    ("--stage 2 --gan 1 --disc-layers 9", "--disc-layers 9 does not work"), ("--betas 0.9 1", "below 1"), ("--dim 0", "--dim 0 does not work"),
     ("--stage 3 --iters 20", "--iters 20 are all --critic-warmup 20"),
     ("--stage 3 --gan-loss hinge", "--gan-loss hinge is unknown"),
     ("--stage 1 --level-weights 1 2", "--level-weights needs 5"),
     ("--stage 1 --ode-steps 9", "no multiple of --levels"),
     ("--stage 0 --dtype float8", "--dtype float8 is unknown"),
-    ("--ema 2", "--ema 2.0 is not between 0 and 1"), ("--guidance nan", "--guidance nan is not between"), ("--tag a/b --stage 0", "--tag a/b becomes part"),
-    ("--context-level 3", "--context-level 3.0 is not between"),
+    ("--ema 2", "--ema 2.0 does not work: it has to be between 0 and 1"), ("--guidance nan", "--guidance nan does not work"), ("--tag a/b --stage 0", "--tag a/b becomes part"),
+    ("--context-level 3", "--context-level 3.0 does not work"),
 ])
 def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
@@ -1280,7 +1281,7 @@ def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
     def none_here(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(train.fcntl, "flock", none_here)
+    monkeypatch.setattr(parallel.fcntl, "flock", none_here)
     train.main(["--out", str(tmp_path), "--stage", "0", "--iters", "1", *SMALL])
     assert (tmp_path / "stage0" / "metrics.json").is_file()
 
@@ -1407,16 +1408,16 @@ def test_a_mask_lies_on_its_object():
 
 
 def test_a_video_of_one_frame_is_not_scored(tmp_path):
-    with data.VideoWriter(tmp_path / "0.gif") as writer:
-        writer.write(torch.zeros(1, 3, 32, 32))
+    with data.video_writer(tmp_path / "0.gif") as write:
+        write(torch.zeros(1, 3, 32, 32))
     with pytest.raises(M.UsageError, match="0.gif has 1 frames"):
         evaluate.main([str(tmp_path)])
 
 
 def test_a_video_that_ffmpeg_cut_short_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "count_frames_and_secs", lambda path: (1, 0.1))
-    with pytest.raises(M.UsageError, match="ffmpeg left 1 of 3 frames"), data.VideoWriter(tmp_path / "a.mp4") as writer:
-        writer.write(torch.zeros(3, 3, 16, 16))
+    with pytest.raises(M.UsageError, match="ffmpeg left 1 of 3 frames"), data.video_writer(tmp_path / "a.mp4") as write:
+        write(torch.zeros(3, 3, 16, 16))
     assert not list(tmp_path.iterdir())
 
 
@@ -1425,7 +1426,7 @@ def test_every_clip_of_a_folder_has_to_fit(tmp_path):
     for name, length in (("a", 4), ("b", 5)):
         save_file({"latents": torch.zeros(9, 4, 4, 6), "text": torch.zeros(length, 8)}, tmp_path / f"{name}.safetensors")
     folder = data.LatentFolder(tmp_path, 9).check(train.TrainConfig(in_dim=4, text_dim=8, text_len=4, patch=2, stage=3), [])
-    with pytest.raises(M.UsageError, match="b.safetensors has latents .* text up to 4 x 8"):
+    with pytest.raises(M.UsageError, match="b.safetensors has 4 channels, .* text up to 4 x 8"):
         folder.batch(range(20))
 
 
@@ -1662,7 +1663,7 @@ def test_an_interrupted_stream_is_kept(small_run, tmp_path, monkeypatch, capsys)
     ("--from-data --zoom -2", "must be positive"),
     ("--from-data --window 0", "--window 0 is too small"),
     ("--prompt circle", "animates an image"),
-    ("--from-data --device tpu", "is not here"),
+    ("--from-data --device tpu", "say cuda, mps or cpu"),
     ("--weights stage1/ema.safetensors --from-data", "name its folder"),
     ("--weights stage0 --from-data --chunk 2", "is a teacher"), ("--weights stage0 --from-data --steps 4 1", "is a teacher"),
     ("--from-data --out file/x.gif", "cannot write"),
@@ -1852,7 +1853,7 @@ def test_a_video_that_breaks_off_leaves_no_clips(tmp_path, monkeypatch):
     for name in "ab":
         (tmp_path / f"{name}.mp4").touch()
     for name, value in (("CaptionEncoder", Nothing), ("WanCodec", Nothing), ("frames_of", frames)):
-        monkeypatch.setattr(data, name, value)
+        monkeypatch.setattr(wan, name, value)
     data.main(["encode", "--videos", str(tmp_path), "--out", str(tmp_path / "out"), "--vae", "v", "--text-encoder", "t", "--size", "16x16", "--frames", "5"])
     assert [p.name for p in data.clips_in(tmp_path / "out")] == ["a.mp4-0000.safetensors"]
 

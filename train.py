@@ -16,9 +16,7 @@ The next stage starts from the EMA weights, and stage III's fake score from stag
 """
 import argparse
 import contextlib
-import fcntl
 import gc
-import hashlib
 import inspect
 import json
 import math
@@ -43,9 +41,9 @@ import losses as L
 from data import (Draws, Flags, PatchCodec, WordEncoder, asked_to_stop, check_device, clips_in, dataset, explain, held_out, padded, read_json,
                   read_tensors, save_tensors, write_gif_grid, write_sheet, written_whole)
 from discriminator import Discriminator
-from model import PRESETS, Config, Shape, UsageError, block_causal_mask, build, chunk_bounds, load_into, open_weights
-from parallel import (Flops, Muon, averaged, begin_state, has_bfloat16, load_state, matrix_rate, now, own_rows, processes, save_state, saved_states,
-                      shard, whole, world)
+from model import PRESETS, Config, Shape, UsageError, block_causal_mask, build, chunk_bounds, load_into, open_weights, require
+from parallel import (Flops, Muon, averaged, begin_state, by_first, fingerprint, has_bfloat16, load_state, locked, matrix_rate, now, own_rows,
+                      processes, save_state, saved_states, shard, whole, world)
 from sample import animate, context_of, frame_times, guided, load_codec, read_settings, rollout, sample_ode, schedule
 
 
@@ -151,20 +149,32 @@ RECIPES["wan-1.3b"] = {s: dict(r, latent_size=(60, 104), disc_layers=(14, 21, 29
 RECIPES["wan-14b"] = {s: dict(r, latent_size=(60, 104), disc_layers=(19, 29, 39)) for s, r in _WAN_RECIPE.items()}
 
 
+LIMITS = (  # least, most, in words, the settings that have to lie between
+    (1, math.inf, "at least 1", "batch_size trajectories ode_steps levels student_steps context_parallel disc_queries r_every max_bad_steps "
+                                "size codec_patch window dim ffn_dim freq_dim num_heads num_layers in_dim patch text_len text_dim"),
+    (0, math.inf, "at least 0", "iters micro_batch save_every eval_clips samples fps sink lr critic_lr muon_lr backbone_lr warmup "
+                                "critic_warmup guidance dmd dmd_flow gan gan_ratio r_weight r_sigma"),
+    (1e-12, math.inf, "above 0", "clip eps shift train_shift score_shift gan_shift stop_distance"),
+    (0, 1, "between 0 and 1", "ema text_drop decay gan_t_max stop_motion"), (-math.inf, 1, "at most 1", "context_level"),
+    (3, math.inf, "at least 3", "frames"), (0, 90, "between 0 and 90, or its clips would be held-out ones", "seed"))
+
+
 # ---------------------------------------------------------------- settings
+
+def flag(name):
+    """How a setting is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
 
 def parse(argv):
     """The command line, generated from TrainConfig, as a dict of what was given. Unknown flags: one sentence, exit 2."""
     parser = Flags(__doc__)
     source = "".join(map(inspect.getsource, TrainConfig.__mro__[:-1]))
     for field in fields(TrainConfig):
+        how = (dict(action=argparse.BooleanOptionalAction) if field.type is bool else
+               dict(type=type(field.default[0]), nargs="+") if field.type is tuple else dict(type=field.type))
         text = re.search(rf"^    {field.name}: .*?#\s*(.*)$", source, re.M).group(1)
-        how = dict(type=field.type)
-        if field.type is bool:
-            how = dict(action=argparse.BooleanOptionalAction)
-        elif field.type is tuple:
-            how = dict(type=type(field.default[0]), nargs="+")
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=None, help=text, **how)
+        parser.add_argument(flag(field.name), default=None, help=text, **how)
     parser.add_argument("--plan", action="store_true", default=None, help="train nothing, print memory and work of the stages (experiments/plan.py)")
     parser.add_argument("--gpus", type=int, nargs="+", default=None, help="with --plan: devices that share the weights")
     given = vars(parser.parse_args(argv))
@@ -174,10 +184,8 @@ def parse(argv):
 def settle(given, stage):
     """The settings of one stage: defaults, then the preset, then its recipe, then what was `given`; checked."""
     preset = given.get("preset", "toy")
-    if preset not in PRESETS:
-        raise UsageError(f"--preset {preset} is unknown: choose from {', '.join(PRESETS)}")
-    if stage not in RECIPES[preset]:
-        raise UsageError(f"--stage {stage} is unknown: choose 0, 1, 2 or 3")
+    require(preset in PRESETS, f"--preset {preset} is unknown: choose from {', '.join(PRESETS)}")
+    require(stage in RECIPES[preset], f"--stage {stage} is unknown: choose 0, 1, 2 or 3")
     cfg = TrainConfig(**{**PRESETS[preset], **RECIPES[preset][stage], **given, "stage": stage})
     cfg.out = cfg.out or f"out/{preset}"
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else
@@ -190,60 +198,36 @@ def settle(given, stage):
 def check(cfg):
     """Raise UsageError, naming the field, for settings that cannot work together."""
     chunk_bounds(cfg.frames, cfg.first, cfg.chunk)
-    if cfg.frames < 3:
-        raise UsageError(f"--frames {cfg.frames} is too short a clip: use 3 or more")
-    positive = ("batch_size", "codec_patch", "patch", "levels", "ode_steps", "num_heads", "num_layers", "in_dim", "text_len", "text_dim",
-                "trajectories", "student_steps", "context_parallel", "r_every", "window", "disc_queries", "max_bad_steps", "dim", "ffn_dim", "freq_dim", "size")
-    for name in ("iters", "micro_batch", "save_every", "seed", "lr", "critic_lr", "muon_lr", "backbone_lr", "sink", "eval_clips", "samples",
-                 "warmup", "critic_warmup", "fps", *positive):
-        if not getattr(cfg, name) >= (1 if name in positive else 0):
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is too small")
-    for name in ("eps", "shift", "train_shift", "score_shift", "gan_shift", "clip", "stop_distance"):
-        if not getattr(cfg, name) > 0:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is too small, it has to be above 0")
-    for name, low, high in (("ema", 0, 1), ("text_drop", 0, 1), ("decay", 0, 1), ("gan_t_max", 0, 1), ("stop_motion", 0, 1), ("context_level", -math.inf, 1),
-                            *((weight, 0, math.inf) for weight in ("guidance", "dmd", "dmd_flow", "gan", "gan_ratio", "r_weight", "r_sigma"))):
-        if not low <= getattr(cfg, name) <= high:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is not between {low} and {high}")
-    if Path(cfg.tag).name != cfg.tag:
-        raise UsageError(f"--tag {cfg.tag} becomes part of a folder's name: use letters, digits and dashes")
-    if cfg.data and Path(cfg.data).resolve() == Path(cfg.out).resolve():
-        raise UsageError(f"--out {cfg.out} is the folder of the clips: choose another")
-    if cfg.stage == 0 and not cfg.iters:
-        raise UsageError(f"stage 0 of {cfg.preset} has nothing to train: name the official weights with --teacher, or give it --iters")
-    if cfg.seed > 90:
-        raise UsageError(f"--seed {cfg.seed} is too large, its clips would be held-out ones: use 0 to 90")
-    if cfg.dim % (2 * cfg.num_heads):
-        raise UsageError(f"--dim {cfg.dim} does not divide into --num-heads {cfg.num_heads} of even width")
-    if cfg.num_heads % cfg.context_parallel:
-        raise UsageError(f"--context-parallel {cfg.context_parallel} does not divide the {cfg.num_heads} heads of the network")
-    if len(cfg.latent_size) != 2 or any(side % cfg.patch for side in cfg.latent_size):
-        raise UsageError(f"--latent-size {' '.join(map(str, cfg.latent_size))} is not a height and a width that divide by {cfg.patch}")
-    if any(len(betas) != 2 or not all(0 <= beta < 1 for beta in betas) for betas in (cfg.betas, cfg.critic_betas)):
-        raise UsageError("--betas and --critic-betas take two numbers each, from 0 to below 1")
-    if cfg.freq_dim % 2:
-        raise UsageError(f"--freq-dim {cfg.freq_dim} must be even")
-    if cfg.in_dim != cfg.out_dim:
-        raise UsageError(f"--in-dim {cfg.in_dim} and --out-dim {cfg.out_dim} must be the same")
+    for least, most, words, names in LIMITS:
+        for name in names.split():
+            require(least <= getattr(cfg, name) <= most, f"{flag(name)} {getattr(cfg, name)} does not work: it has to be {words}")
+    spaced, layers, pixels = lambda values: " ".join(map(str, values)), sorted(set(cfg.disc_layers)), cfg.codec_patch * cfg.patch
+    require(Path(cfg.tag).name == cfg.tag, f"--tag {cfg.tag} becomes part of a folder's name: use letters, digits and dashes")
+    require(not cfg.data or Path(cfg.data).resolve() != Path(cfg.out).resolve(), f"--out {cfg.out} is the folder of the clips: choose another")
+    require(cfg.dtype in ("bfloat16", "float32"), f"--dtype {cfg.dtype} is unknown: choose bfloat16 or float32")
+    require(cfg.gan_loss in L.GAN_LOSSES, f"--gan-loss {cfg.gan_loss} is unknown: choose from {', '.join(L.GAN_LOSSES)}")
+    require(cfg.dim % (2 * cfg.num_heads) == 0, f"--dim {cfg.dim} does not divide into --num-heads {cfg.num_heads} of even width")
+    require(cfg.num_heads % cfg.context_parallel == 0,
+            f"--context-parallel {cfg.context_parallel} does not divide the {cfg.num_heads} heads of the network")
+    require(cfg.freq_dim % 2 == 0, f"--freq-dim {cfg.freq_dim} must be even")
+    require(cfg.in_dim == cfg.out_dim, f"--in-dim {cfg.in_dim} and --out-dim {cfg.out_dim} must be the same")
+    require(cfg.size % pixels == 0, f"--size {cfg.size} does not divide into patches of {pixels} pixels: "
+            f"use --size {max(1, round(cfg.size / pixels)) * pixels}")
+    require(len(cfg.latent_size) == 2 and not any(side % cfg.patch for side in cfg.latent_size),
+            f"--latent-size {spaced(cfg.latent_size)} is not a height and a width that divide by {cfg.patch}")
+    require(all(len(betas) == 2 and all(0 <= beta < 1 for beta in betas) for betas in (cfg.betas, cfg.critic_betas)),
+            "--betas and --critic-betas take two numbers each, from 0 to below 1")
+    require(len(cfg.level_weights) == cfg.levels + 1 and min(cfg.level_weights) >= 0 and sum(cfg.level_weights) > 0,
+            f"--level-weights needs {cfg.levels + 1} numbers from 0 up, one for each of --levels {cfg.levels} and clean")
+    require(cfg.ode_steps % cfg.levels == 0, f"--ode-steps {cfg.ode_steps} is no multiple of --levels {cfg.levels}")
     check_device(cfg.device)
-    if cfg.size % (cfg.codec_patch * cfg.patch):
-        raise UsageError(f"--size {cfg.size} does not divide into patches of {cfg.codec_patch * cfg.patch} pixels: "
-                         f"use --size {max(1, round(cfg.size / (cfg.codec_patch * cfg.patch))) * cfg.codec_patch * cfg.patch}")
-    if cfg.dtype not in ("bfloat16", "float32"):
-        raise UsageError(f"--dtype {cfg.dtype} is unknown: choose bfloat16 or float32")
-    if cfg.gan_loss not in L.GAN_LOSSES:
-        raise UsageError(f"--gan-loss {cfg.gan_loss} is unknown: choose from {', '.join(L.GAN_LOSSES)}")
-    layers = sorted(set(cfg.disc_layers))
-    if cfg.stage > 1 and cfg.gan and (layers[0] < 0 or layers[-1] >= cfg.num_layers or len(layers) < len(cfg.disc_layers)):
-        raise UsageError(f"--disc-layers {' '.join(map(str, cfg.disc_layers))} does not work: name different blocks of 0 to {cfg.num_layers - 1}")
-    if cfg.stage > 1 and not (cfg.dmd or cfg.gan):
-        raise UsageError(f"--dmd 0 --gan 0: stage {cfg.stage} has nothing to learn from, give one of them a weight")
-    if cfg.stage > 1 and 0 < cfg.iters <= cfg.critic_warmup:
-        raise UsageError(f"--iters {cfg.iters} are all --critic-warmup {cfg.critic_warmup}, in which the student does not move: give it more, or lower that")
-    if len(cfg.level_weights) != cfg.levels + 1 or min(cfg.level_weights) < 0 or not sum(cfg.level_weights) > 0:
-        raise UsageError(f"--level-weights needs {cfg.levels + 1} numbers from 0 up, one for each of --levels {cfg.levels} and clean")
-    if cfg.ode_steps % cfg.levels:
-        raise UsageError(f"--ode-steps {cfg.ode_steps} is no multiple of --levels {cfg.levels}")
+    require(cfg.stage or cfg.iters, f"stage 0 of {cfg.preset} has nothing to train: name the official weights with --teacher, or give it --iters")
+    if cfg.stage > 1:
+        require(cfg.dmd or cfg.gan, f"--dmd 0 --gan 0: stage {cfg.stage} has nothing to learn from, give one of them a weight")
+        require(not cfg.gan or 0 <= layers[0] and layers[-1] < cfg.num_layers and len(layers) == len(cfg.disc_layers),
+                f"--disc-layers {spaced(cfg.disc_layers)} does not work: name different blocks of 0 to {cfg.num_layers - 1}")
+        require(cfg.iters > cfg.critic_warmup or not cfg.iters, f"--iters {cfg.iters} are all --critic-warmup {cfg.critic_warmup}, "
+                "in which the student does not move: give it more, or lower that")
 
 
 def latent_sides(cfg):
@@ -278,12 +262,10 @@ class Run:
     def __init__(self, cfg):
         self.cfg, self.step, self.before, self.bad, self.began = cfg, 0, steps_before(cfg), {}, time.time()
         (rank, number), share = world(), cfg.context_parallel
-        if number % share:
-            raise UsageError(f"--context-parallel {share} does not divide {number} processes: start torchrun with a multiple of {share}")
-        if cfg.batch_size % (number // share):
-            raise UsageError(f"--batch-size {cfg.batch_size} does not divide over {number // share} "
-                             + ("processes" if share == 1 else f"groups of {share} processes"))
+        require(number % share == 0, f"--context-parallel {share} does not divide {number} processes: start torchrun with a multiple of {share}")
         self.rank, self.world = rank // share, number // share  # counting the processes that share a clip as one
+        self.parts = f"{self.world} " + ("processes" if share == 1 else f"groups of {share} processes")
+        require(cfg.batch_size % self.world == 0, f"--batch-size {cfg.batch_size} does not divide over {self.parts}")
         self.writes = rank == 0
         self.device = torch.device(cfg.device)
         self.dir = stage_folder(cfg)
@@ -609,11 +591,9 @@ def source(cfg, path):
     settings = read_settings(path)
     if settings is None:
         return open_weights(path), None
-    for field in fields(Shape):
-        there, here = settings[field.name], getattr(cfg, field.name)
-        if there != here:
-            flag = f"--{field.name.replace('_', '-')}"
-            raise UsageError(f"the checkpoint in {path} has {field.name} {there}, this run {here}: use {flag} {there}")
+    for name in (field.name for field in fields(Shape)):
+        require(settings[name] == getattr(cfg, name),
+                f"the checkpoint in {path} has {name} {settings[name]}, this run {getattr(cfg, name)}: use {flag(name)} {settings[name]}")
     return open_weights(Path(path) / "ema.safetensors"), load_codec(path)
 
 
@@ -685,19 +665,6 @@ def reason_to_stop(past, fraction, multiple, span=20):
     return ""
 
 
-def fingerprint(path):
-    """A short text that changes with the weights in a stage's folder, or with official ones: of their sizes, first and last bytes."""
-    path, digest = Path(path), hashlib.sha256()
-    for file in [path / "ema.safetensors"] if (path / "ema.safetensors").is_file() else sorted(
-            [path] if path.is_file() else [p for p in path.glob("*") if p.suffix in (".safetensors", ".pt")]):
-        size = file.stat().st_size
-        with open(file, "rb") as f:
-            start = f.read(2 ** 20)
-            f.seek(max(0, size - 2 ** 20))
-            digest.update(str(size).encode() + start + f.read())
-    return digest.hexdigest()[:16]
-
-
 def look(cfg, folder):
     """What is to be done about a stage's folder: "keep" what is finished, "train" it (or train on), or train it "anew".
 
@@ -709,44 +676,28 @@ def look(cfg, folder):
     Changes nothing."""
     if not cfg.resume:
         return "anew"
-    before = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-    if not before and saved_states(folder):  # of a run that was moved away while it saved
-        raise UsageError(f"{folder} holds a saved state but no config.json, so nobody knows what it was trained with: "
-                         "--no-resume trains it again, another --out or --tag keeps it")
-    if not before or not (saved_states(folder) or any((folder / left).exists() for left in ("trajectories", "metrics.json"))):
+    before, states = read_json(folder / "config.json") if (folder / "config.json").is_file() else None, saved_states(folder)
+    require(before or not states, f"{folder} holds a saved state but no config.json, so nobody knows what it was trained with: "
+            "--no-resume trains it again, another --out or --tag keeps it")  # of a run that was moved away while it saved
+    if not before or not (states or any((folder / left).exists() for left in ("trajectories", "metrics.json"))):
         return "train"
     free = ("out", "resume", "device", "micro_batch", "recompute", "context_parallel", "compile", "max_bad_steps", "save_every", "samples", "eval_clips")
     plain = lambda settings: json.loads(json.dumps(asdict(settings)))  # tuples become lists
-    defaults = plain(TrainConfig())
+    known = {**plain(TrainConfig()), **before}  # runs older than a field had its default
     for name, value in plain(cfg).items():
-        was = before.get(name, defaults[name])  # runs older than a field had its default
-        same = Path(was).resolve() == Path(value).resolve() if name in ("data", "init", "teacher") and was and value else was == value
-        if name not in free and not same:
-            raise UsageError(f"{folder} was trained with {name} {was!r}, now it is {value!r}: choose another --out or --tag to keep it, "
-                             "or --no-resume to train it again")
+        paths = name in ("data", "init", "teacher") and value and known[name]
+        require(name in free or known[name] == value or paths and Path(known[name]).resolve() == Path(value).resolve(),
+                f"{folder} was trained with {name} {known[name]!r}, now it is {value!r}: choose another --out or --tag to keep it, "
+                "or --no-resume to train it again")
     origin = origins(cfg)
-    if before.get("origin", origin) != origin:
-        raise UsageError(f"{folder} was started from other weights than those that are now in {' and '.join(map(str, start_from(cfg)))}: "
-                         "--no-resume trains it again, another --out or --tag keeps it")
+    require(known.get("origin", origin) == origin, f"{folder} was started from other weights than those that are now in "
+            f"{' and '.join(map(str, start_from(cfg)))}: --no-resume trains it again, another --out or --tag keeps it")
     return "keep" if (folder / "metrics.json").is_file() else "train"
 
 
 def origins(cfg):
     """Fingerprints of what a stage starts from."""
     return [fingerprint(path) for path in start_from(cfg)] if cfg.stage else []
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """A stage's folder for this run alone; UsageError where another run is at work there. Ends with the process, however that ends."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # of another kind: a file system without locks, on which nobody can tell
-            if isinstance(error, BlockingIOError):
-                raise UsageError(f"another run is training in {folder}: wait for it, or choose another --out or --tag") from None
-        yield
 
 
 def claim(cfg, folder, anew):
@@ -756,21 +707,6 @@ def claim(cfg, folder, anew):
     folder.mkdir(parents=True, exist_ok=True)
     with written_whole(folder / "config.json") as temporary:
         temporary.write_text(json.dumps({**asdict(cfg), "origin": origins(cfg), "steps_before": steps_before(cfg)}, indent=1))
-
-
-def by_first(function, *args):
-    """function(*args), called by the first process for all: where it fails, all stop, and the first says why."""
-    answer = [None]
-    if world()[0] == 0:
-        try:
-            answer = [function(*args)]
-        except UsageError as error:
-            answer = [error]
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    if isinstance(answer[0], UsageError):
-        raise SystemExit(2) if world()[0] else answer[0]
-    return answer[0]
 
 
 def loop(run):
@@ -786,8 +722,7 @@ def loop(run):
     share = cfg.batch_size // run.world
     passes, resumed, began = -(-share // (cfg.micro_batch or share)), run.step, now(run.device)
     if run.writes:
-        print(f"stage {cfg.stage}: a step is {cfg.batch_size} clips = {run.world} "
-              + ("processes" if cfg.context_parallel == 1 else f"groups of {cfg.context_parallel} processes") + f" x {share} clips, in {passes} passes")
+        print(f"stage {cfg.stage}: a step is {cfg.batch_size} clips = {run.parts} x {share} clips, in {passes} passes")
         with written_whole(run.dir / "log.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(log) + "\n" for log in past))
     work, counted = Flops(), max(resumed, cfg.critic_warmup * (cfg.stage > 1))  # the first step in which all networks learn
@@ -833,13 +768,10 @@ def train(cfg):
     folder, (rank, _) = stage_folder(cfg), world()
     latents = cfg.data and clips_in(cfg.data)
     for path in start_from(cfg) if cfg.stage else ():
-        if path.resolve() == folder.resolve():
-            raise UsageError(f"{folder} cannot start from itself: choose another --tag or --out")
+        require(path.resolve() != folder.resolve(), f"{folder} cannot start from itself: choose another --tag or --out")
         codec = source(cfg, path)[1]
-        if codec is None and not latents:
-            raise UsageError(f"{path} was trained on latents: make some with data.py encode, and name their folder with --data")
-        if codec and latents:
-            raise UsageError(f"{path} was trained on frames, and {cfg.data} holds latents: leave out --data, or name a folder of videos")
+        require(codec or latents, f"{path} was trained on latents: make some with data.py encode, and name their folder with --data")
+        require(not codec or not latents, f"{path} was trained on frames, and {cfg.data} holds latents: leave out --data, or name a folder of videos")
     if (plan := by_first(look, cfg, folder)) == "keep":
         if rank == 0:
             print(f"stage {cfg.stage} is finished and kept: {folder} (--no-resume trains it again)")
@@ -883,14 +815,10 @@ def score(cfg, folder, minutes):
 
 def table(out):
     """The end of the recipe: one row per stage."""
-    columns = {"quality_error": "error", "last_error": "last chunk", "drift": "drift", "dynamic_degree": "dynamic", "displacement":
-               "displacement", "jitter": "jitter px", "caption_agreement": "caption", "i2v_fidelity": "i2v",
-               "motion_smoothness": "smoothness", "minutes": "minutes"}
-    rows = {p.parent.name: read_json(p) for p in sorted(Path(out).glob("stage[0-3]/metrics.json"))}
-    names = [n for n in columns if any(n in row for row in rows.values())]
-    print("\n" + "stage".ljust(8) + "".join(columns[n].rjust(14) for n in names))
-    for stage, row in rows.items():
-        print(stage.ljust(8) + "".join((f"{row[n]:.3f}" if n in row else "").rjust(14) for n in names))
+    from experiments import evaluate
+    rows = [{"stage": path.parent.name[-1], **read_json(path)} for path in sorted(Path(out).glob("stage[0-3]/metrics.json"))]
+    print("\n" + evaluate.table(rows, "stage quality_error last_error drift dynamic_degree displacement jitter caption_agreement "
+                                      "i2v_fidelity motion_smoothness minutes".split()))
     if any(Path(out).glob("stage[0-3]/samples.gif")):
         print(f"\nPictures: {out}/stage*/samples.gif (upper half real clips, lower half the stage's, from the same first frames)")
 
@@ -902,16 +830,12 @@ def main(argv=None):
         script = Path(__file__).resolve().parent / "experiments" / "plan.py"
         raise SystemExit(subprocess.run([sys.executable, script, *(sys.argv[1:] if argv is None else argv)]).returncode)
     with explain(), processes(given.get("device")):
-        if "gpus" in given:
-            raise UsageError("--gpus needs --plan")
-        if given.get("stage", -1) != -1:
-            train(settle(given, given["stage"]))
-            return
-        if {"tag", "init"} & given.keys():
-            raise UsageError("--tag and --init belong to one stage: say which with --stage")
-        for cfg in [settle(given, stage) for stage in range(1 if "teacher" in given else 0, 4)]:
+        require("gpus" not in given, "--gpus needs --plan")
+        every = given.get("stage", -1) == -1
+        require(not every or not {"tag", "init"} & given.keys(), "--tag and --init belong to one stage: say which with --stage")
+        for cfg in [settle(given, stage) for stage in (range(1 if "teacher" in given else 0, 4) if every else [given["stage"]])]:
             train(cfg)
-        if world()[0] == 0:
+        if every and world()[0] == 0:
             table(cfg.out)
 
 

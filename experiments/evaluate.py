@@ -262,12 +262,12 @@ COLUMNS = {"stage": "stage", "steps": "steps", "quality_error": "error", "last_e
            "drift": "drift", "dynamic_degree": "dynamic", "displacement": "displ.", "jitter": "jitter", "path_px": "path px",
            "caption_agreement": "caption", "subject_consistency": "subject", "background_consistency": "backgr.",
            "i2v_subject": "i2v subj.", "i2v_background": "i2v backgr.", "motion_smoothness": "smooth",
-           "imaging_quality": "imaging", "i2v_fidelity": "i2v"}
+           "imaging_quality": "imaging", "i2v_fidelity": "i2v", "minutes": "minutes"}
 
 
-def table(rows):
-    """Scores as a Markdown table, with the columns that at least one row has."""
-    names = [name for name in COLUMNS if any(name in row for row in rows)]
+def table(rows, columns=COLUMNS):
+    """Scores as a Markdown table, with those of the columns that at least one row has."""
+    names = [name for name in columns if any(name in row for row in rows)]
     cell = lambda v: "" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v)
     lines = ["| " + " | ".join(COLUMNS[n] for n in names) + " |", "|" + "---|" * len(names)]
     return "\n".join(lines + ["| " + " | ".join(cell(row.get(n)) for n in names) + " |" for row in rows])
