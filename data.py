@@ -466,13 +466,19 @@ def read_json(path):
         raise UsageError(f"{path} is damaged ({error}): remove it, and give the command that made it again") from None
 
 
+def write_json(path, value):
+    """A JSON file, whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))
+
+
 def read_tensors(path):
     """A safetensors file as a dict; UsageError where it is missing or broken."""
     require(Path(path).exists(), f"{path} does not exist: run the stage that makes it, or check the path")
     try:
         return load_file(path)
     except Exception as error:  # safetensors raises its own kinds for truncated and foreign files
-        raise UsageError(f"{path} is not a readable safetensors file ({error}): make or download it again") from None
+        raise UsageError(f"{path} is not a readable safetensors file ({error}): remove it, and give the command that made it again") from None
 
 
 def image_files(folder):

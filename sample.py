@@ -82,7 +82,7 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
     exit_step      leave after this pass (0-based) instead of the last (Self Forcing draws it at random)
     grad           let the exit pass of every chunk carry a gradient
     context_level  noise level at which a finished chunk enters the cache (0 in the paper; Diagonal Forcing: 0.1);
-                   None: the cache is what the last pass left, and the context pass is saved
+                   below 0: the cache is what the last pass left, and the context pass is saved
     cache_grad     let gradients reach the weights through the context passes too: what a chunk leaves in the cache is
                    then trained for the chunks that read it. Never from one chunk's pixels to another's
     """
@@ -91,7 +91,7 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
     context = None  # a finished chunk on its way into the cache, and its times
 
     def finished(x):
-        level = context_level or 0.0
+        level = max(0.0, context_level)
         noisy = add_noise(x, randn(x.shape[1]), frame_times(level, x, 0)) if level else x
         return noisy.detach(), frame_times(level, x, 0)
 
@@ -126,26 +126,25 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
                 x = add_noise(x0, randn(cfg.chunk), frame_times(times[i + 1], x, 0))
         written += x0.shape[1]
         yield x0
-        if context_level is None:
+        if context_level < 0:
             cache.commit()
         else:
             context = finished(x0)
 
 
 @torch.no_grad()
-def animate(net, settings, first, text, randn, frames, steps=None):
-    """A whole clip (b, f, c, h, w) by the network of a stage: the teacher's ODE for stage 0, else the causal rollout."""
+def parts(net, settings, first, text, randn, frames, steps=None):
+    """A clip (b, f, c, h, w) by the network of a stage, part after part: the teacher's whole ODE for stage 0, else the causal rollout."""
     if settings["stage"] == 0:
         times = schedule(steps or settings["ode_steps"], net.cfg.shift)
-        return sample_ode(guided(net, text, settings["guidance"]), randn(frames), first, times)
-    return torch.cat(list(rollout(net, first, text, randn, frames, steps or settings["student_steps"],
-                                  context_level=context_of(settings))), 1)[:, :frames]
+        yield sample_ode(guided(net, text, settings["guidance"]), randn(frames), first, times)
+    else:
+        yield from rollout(net, first, text, randn, frames, steps or settings["student_steps"], context_level=settings["context_level"])
 
 
-def context_of(settings):
-    """rollout()'s context_level from a stage's settings: None, the cache is reused as it is, where they say less than 0."""
-    level = settings["context_level"]
-    return None if level < 0 else level
+def animate(net, settings, first, text, randn, frames, steps=None):
+    """The parts as one clip of `frames` frames."""
+    return torch.cat(list(parts(net, settings, first, text, randn, frames, steps)), 1)[:, :frames]
 
 
 def read_settings(folder):
@@ -194,15 +193,12 @@ def newest_stage(root="out"):
 
 
 def stream(net, codec, settings, first, text, randn, frames, steps):
-    """Pixels (f, 3, H, W) chunk after chunk for one clip; stage 0, the teacher, makes the whole clip at once."""
+    """Pixels (f, 3, H, W) of one clip, part after part."""
     latents, decode, written = 1 + math.ceil((frames - 1) / codec.ratio), codec.decoder(), 0
-    if settings["stage"] == 0:
-        yield decode(animate(net, settings, first, text, randn, latents, steps and steps[0]))[0][:frames]
-        return
-    for chunk in rollout(net, first, text, randn, latents, steps or settings["student_steps"], context_level=context_of(settings)):
-        part = decode(chunk)[0][:frames - written]
-        written += len(part)
-        yield part
+    for part in parts(net, settings, first, text, randn, latents, steps):
+        pixels = decode(part)[0][:frames - written]
+        written += len(pixels)
+        yield pixels
 
 
 def inputs(args, codec, settings):
@@ -289,14 +285,14 @@ def main(argv=None):
     first, text = first.to(args.device)[:, :settings["first"]], text.to(args.device)
     noise = torch.Generator().manual_seed(args.seed)
     randn = lambda frames: torch.randn(1, frames, *first.shape[2:], generator=noise).to(args.device)
-    frames = args.frames or 1 + codec.ratio * (settings["frames"] - 1)
+    frames, steps = args.frames or 1 + codec.ratio * (settings["frames"] - 1), args.steps[0] if len(args.steps or []) == 1 else args.steps
     zoom = args.zoom or (1 if codec.ratio > 1 else max(1, 256 // settings["size"]))
 
     began, writing, written, chunks = time.perf_counter(), 0.0, 0, []
     half = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
     with (torch.no_grad(), half, video_writer(args.out, args.fps or (16 if codec.ratio > 1 else 8), zoom) as write,
           asked_to_stop(signal.SIGINT, signal.SIGTERM) as came):
-        for part in tqdm(stream(net, codec, settings, first, text, randn, frames, args.steps), unit="chunk"):
+        for part in tqdm(stream(net, codec, settings, first, text, randn, frames, steps), unit="chunk"):
             drawn = now(first.device)
             write(part)
             ended, written = time.perf_counter(), written + len(part)

@@ -1295,7 +1295,7 @@ def test_a_damaged_trajectory_is_named(small_run, tmp_path, capsys):
     command = ["--out", str(tmp_path), "--stage", "1", "--iters", "3", *SMALL]
     with pytest.raises(SystemExit):
         train.main(command)
-    assert "remove that file, then the same command makes it again" in capsys.readouterr().err
+    assert "remove it, and give the command that made it again" in capsys.readouterr().err
     for path in (tmp_path / "stage1" / "trajectories").iterdir():
         path.unlink()
     train.main(command)

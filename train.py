@@ -39,12 +39,12 @@ from tqdm import tqdm
 
 import losses as L
 from data import (Draws, Flags, PatchCodec, WordEncoder, asked_to_stop, check_device, clips_in, dataset, explain, held_out, padded, read_json,
-                  read_tensors, save_tensors, write_gif_grid, write_sheet, written_whole)
+                  read_tensors, save_tensors, write_gif_grid, write_json, write_sheet, written_whole)
 from discriminator import Discriminator
 from model import PRESETS, Config, Shape, UsageError, block_causal_mask, build, chunk_bounds, load_into, open_weights, require
 from parallel import (Flops, Muon, averaged, begin_state, by_first, fingerprint, has_bfloat16, load_state, locked, matrix_rate, now, own_rows,
                       processes, save_state, saved_states, shard, whole, world)
-from sample import animate, context_of, frame_times, guided, load_codec, read_settings, rollout, sample_ode, schedule
+from sample import animate, frame_times, guided, load_codec, read_settings, rollout, sample_ode, schedule
 
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a state of a single process is saved on purpose
@@ -250,10 +250,6 @@ class Batch:
     text: torch.Tensor    # (b, l, d)
     draws: Draws
 
-    def given(self, cfg):
-        """The conditioning frames (b, first, c, h, w)."""
-        return self.x0[:, :cfg.first]
-
 
 class Run:
     """A stage at work: settings, data, networks and their optimizers, the step, the log. train() goes through its life:
@@ -331,10 +327,7 @@ class Run:
     def trajectory(self, batch):
         """Teacher trajectories for a batch: states (b, levels + 1, f, c, h, w), noise first, and their texts."""
         numbers = (batch.draws.rand(1)[:, 0] * self.cfg.trajectories).long().tolist()
-        try:
-            rows = [read_tensors(self.dir / "trajectories" / f"{n:06d}.safetensors") for n in numbers]
-        except UsageError as error:
-            raise UsageError(f"{error}: remove that file, then the same command makes it again") from None
+        rows = [read_tensors(self.dir / "trajectories" / f"{n:06d}.safetensors") for n in numbers]
         return torch.stack([row["states"] for row in rows]).to(self.device), padded([row["text"] for row in rows]).to(self.device)
 
     def draws(self, clips, purpose):
@@ -497,8 +490,8 @@ def distil_step(run):
     for batch in run.batches("roll"):
         noise = lambda frames: batch.draws.randn(frames, *batch.x0.shape[2:])
         with run.autocast():
-            x = torch.cat(list(rollout(run.nets["student"], batch.given(cfg), batch.text, noise, cfg.frames,
-                                       cfg.student_steps, exit_step, moving, context_of(asdict(cfg)), cfg.cache_grad)), 1)
+            x = torch.cat(list(rollout(run.nets["student"], batch.x0[:, :cfg.first], batch.text, noise, cfg.frames,
+                                       cfg.student_steps, exit_step, moving, cfg.context_level, cfg.cache_grad)), 1)
         if moving:
             grads = {}
             for name, (_, term) in terms.items():
@@ -609,7 +602,7 @@ def make_trajectories(run):
     for i in tqdm(range(0, len(mine), at_once), desc="trajectories", disable=not run.writes):
         numbers = mine[i:i + at_once]
         batch = run.batch([cfg.seed * 10_000_000 + 5_000_000 + n for n in numbers], "trajectories")
-        given = batch.given(cfg)[:, :0] if run.data.latent and run.data.only_text else batch.given(cfg)  # the teacher makes the image too
+        given = batch.x0[:, :0 if run.data.latent and run.data.only_text else cfg.first]  # from text alone the teacher makes the image too
         with run.autocast():
             end, states = sample_ode(guided(run.nets["teacher"], batch.text, cfg.guidance, run.negative), batch.draws.randn(*batch.x0.shape[1:]),
                                      given, schedule(cfg.ode_steps, cfg.shift), keep)
@@ -641,7 +634,7 @@ def show(run):
         return
     batch = run.batch(list(held_out(cfg.samples)), "samples")
     with run.autocast():
-        x = animate(run.nets["ema"], asdict(cfg), batch.given(cfg), batch.text, lambda f: batch.draws.randn(f, *batch.x0.shape[2:]), cfg.frames)
+        x = animate(run.nets["ema"], asdict(cfg), batch.x0[:, :cfg.first], batch.text, lambda f: batch.draws.randn(f, *batch.x0.shape[2:]), cfg.frames)
     if run.writes:
         video = torch.cat([run.codec.decode(batch.x0), run.codec.decode(x)])
         write_sheet(run.dir / "samples.png", video)
@@ -705,8 +698,7 @@ def claim(cfg, folder, anew):
     if anew and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps({**asdict(cfg), "origin": origins(cfg), "steps_before": steps_before(cfg)}, indent=1))
+    write_json(folder / "config.json", {**asdict(cfg), "origin": origins(cfg), "steps_before": steps_before(cfg)})
 
 
 def loop(run):
@@ -808,9 +800,7 @@ def score(cfg, folder, minutes):
         except Exception as error:
             raise UsageError(f"stage {cfg.stage} is trained, but scoring it failed ({str(error) or type(error).__name__}): "
                              f"python experiments/evaluate.py {folder} shows where, the same command with --eval-clips 0 goes on without") from error
-    scores = read_json(metrics) if cfg.eval_clips else {}
-    with written_whole(metrics) as temporary:
-        temporary.write_text(json.dumps({**scores, "minutes": minutes}, indent=1))
+    write_json(metrics, {**(read_json(metrics) if cfg.eval_clips else {}), "minutes": minutes})
 
 
 def table(out):

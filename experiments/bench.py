@@ -56,7 +56,7 @@ def stream(cfg, device, dtype, size, steps, reuse, chunks):
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         for _ in range(2):  # the first stream warms the kernels up
             began, times = now(device), []
-            parts = rollout(net, randn(cfg.first), text, randn, None, steps, context_level=None if reuse else 0.0)
+            parts = rollout(net, randn(cfg.first), text, randn, None, steps, context_level=-1.0 if reuse else 0.0)
             for _, _ in zip(range(chunks + 1), parts):  # the image, then the chunks
                 times.append(now(device) - began)
         with work:

@@ -9,7 +9,6 @@ The names are VBench's, the definitions are ours: a toy clip can be compared wit
 Scores on 0-100, higher is better; errors are fractions of the object's energy, 0 perfect, 1 as wrong as no object at all.
 Motion is counted between frames in which the object can be found: broken frames do not move.
 """
-import json
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import COLOURS, Draws, Flags, KINDS, VIDEO_ENDINGS, ToyWorld, WordEncoder, dataset, explain, held_out, read_json, read_video, written_whole
+from data import COLOURS, Draws, Flags, KINDS, VIDEO_ENDINGS, ToyWorld, WordEncoder, dataset, explain, held_out, read_json, read_video, write_json
 from model import UsageError
 from parallel import has_bfloat16
 from sample import animate, load_stage
@@ -294,8 +293,7 @@ def main(argv=None):
             if args.steps or args.no_long:  # a question of its own, whose answer would not fit what stands there
                 continue
             before = read_json(metrics) if metrics.is_file() else {}  # the minutes
-            with written_whole(metrics) as temporary:
-                temporary.write_text(json.dumps({**before, **rows[-1]}, indent=1))
+            write_json(metrics, {**before, **rows[-1]})
         else:
             rows.append(folder_scores(folder))
     print(table(rows))
