@@ -5,8 +5,8 @@
     python data.py encode --videos DIR_OF_MP4 --out DIR_OF_LATENTS --vae DIR_OF_VAE --text-encoder DIR_OF_UMT5
                                                               videos and captions to latents, for training at Wan scale
 
-A dataset is anything with batch(indices) -> {"video": (b, f, 3, H, W) in [-1, 1], "text": [str]}; clip number i is always
-the same clip, so that a run is resumed by knowing its step, and any number of devices reads the same global batch.
+A dataset is anything with batch(indices) -> {"video": (b, f, 3, H, W) in [-1, 1], "text": [str]} and `latent` False; one of latents
+gives {"latents": (b, f, c, h, w), "embeddings": (b, l, d)}, and its `latent` is True. Clip number i is always the same clip, so that a run is resumed by knowing its step, and any number of devices reads the same global batch.
 """
 import argparse
 import contextlib
@@ -23,14 +23,15 @@ from pathlib import Path
 import imageio.v2 as iio
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from imageio.v3 import improps, imread
-from imageio_ffmpeg import count_frames_and_secs, write_frames
+from imageio_ffmpeg import count_frames_and_secs
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
 
-from model import UsageError, require
+from model import UsageError, first_line, require
 
 VIDEO_ENDINGS = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -115,7 +116,7 @@ def written_whole(path):
 # ---------------------------------------------------------------- randomness that does not depend on the layout
 
 class Draws:
-    """Random numbers for a batch, one independent stream per clip, a function of (seed, *key, clip) alone.
+    """Random numbers for a batch, one independent stream per clip, a function of (*key, clip) alone.
 
     The same clip gets the same noise however a batch is split over devices and micro-batches, and whether or not the
     run was interrupted: there is no random state to save."""
@@ -249,7 +250,7 @@ def captions_in(folder):
     .txt files beside the videos, the later ones winning."""
     folder, found = Path(folder), {}
     for path in (folder / "captions.csv", folder / "captions.jsonl"):
-        lines = read_text(path).splitlines() if path.is_file() else []
+        lines = read_text(path).splitlines(keepends=True) if path.is_file() else []  # a quoted caption may have several
         try:
             rows = csv.DictReader(lines) if path.suffix == ".csv" else [json.loads(line) for line in lines if line.strip()]
             found |= {row["file"]: row["caption"].strip() for row in rows}
@@ -284,12 +285,6 @@ class VideoFolder:
             rows.append((which, g.integers(len(self.clips[which]) - self.frames + 1)))
         video = torch.stack([self.clips[w][s:s + self.frames] for w, s in rows]).float() / 127.5 - 1
         return {"video": video, "text": [self.texts[w] for w, _ in rows]}
-
-
-def padded(texts):
-    """Embedded captions (l, d) of any length as one tensor (b, l, d), zeros after the shorter ones."""
-    length = max(len(text) for text in texts)
-    return torch.stack([F.pad(text, (0, 0, 0, length - len(text))) for text in texts])
 
 
 def clips_in(folder):
@@ -327,7 +322,7 @@ class LatentFolder:
 
     def batch(self, indices):
         clips = [self._read(self.paths[np.random.default_rng(int(i)).integers(len(self.paths))]) for i in indices]
-        batch = {"embeddings": padded([clip["text"].float() for clip in clips])}
+        batch = {"embeddings": pad_sequence([clip["text"].float() for clip in clips], batch_first=True)}
         if self.only_text:
             return batch
         require(len({clip["latents"].shape[1:] for clip in clips}) == 1,
@@ -343,11 +338,10 @@ class LatentFolder:
                 f"{path} holds no clip, which is latents (f, c, h, w) and text (l, d): remove it from the folder")
         require(self.only_text or len(latents) >= self.frames,
                 f"{path} has {0 if latents is None else len(latents)} latent frames, a clip needs {self.frames}: remove it, or lower --frames")
-        if cfg:
-            _, c, h, w = (0, cfg.in_dim, 0, 0) if latents is None else latents.shape
-            require(c == cfg.in_dim and text.shape[1] == cfg.text_dim and len(text) <= cfg.text_len and h % cfg.patch == w % cfg.patch == 0,
-                    f"{path} has {c} channels, sides of {h} x {w} and text {tuple(text.shape)}, the network takes {cfg.in_dim} channels, sides that "
-                    f"divide by {cfg.patch}, text up to {cfg.text_len} x {cfg.text_dim}: choose the preset they were made for")
+        _, c, h, w = (0, cfg.in_dim, 0, 0) if latents is None else latents.shape
+        require(c == cfg.in_dim and text.shape[1] == cfg.text_dim and len(text) <= cfg.text_len and h % cfg.patch == w % cfg.patch == 0,
+                f"{path} has {c} channels, sides of {h} x {w} and text {tuple(text.shape)}, the network takes {cfg.in_dim} channels, sides that "
+                f"divide by {cfg.patch}, text up to {cfg.text_len} x {cfg.text_dim}: choose the preset they were made for")
         return clip
 
 
@@ -488,17 +482,11 @@ def image_files(folder):
 
 
 def fit_frame(frame, size):
-    """(H, W, 3 or more) uint8 -> (3, h, w) uint8, size = (h, w) or the side of a square: resized (anti-aliased) until it
-    covers that, centre kept; grey becomes RGB."""
+    """(H, W, 3 or 4) or grey (H, W) uint8 -> (3, h, w) uint8, size = (h, w) or the side of a square: resized (anti-aliased) until it
+    covers that, centre kept."""
     height, width = (size, size) if isinstance(size, int) else size
-    frame = np.atleast_3d(frame)
-    frame = frame[..., :3] if frame.shape[2] >= 3 else frame[..., :1].repeat(3, 2)
-    x = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
-    scale = max(height / x.shape[2], width / x.shape[3])
-    shape = [max(side, round(old * scale)) for side, old in zip((height, width), x.shape[2:])]
-    x = F.interpolate(x, shape, mode="bilinear", antialias=True, align_corners=False)
-    top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
-    return x[0, :, top:top + height, left:left + width].round().clamp(0, 255).byte()
+    fitted = ImageOps.fit(Image.fromarray(frame).convert("RGB"), (width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
 
 
 def picture(path):
@@ -517,10 +505,6 @@ def read_image(path, size):
     except Exception as error:
         raise UsageError(f"{path} cannot be read as an image ({first_line(error)}): convert it to png or jpg") from None
     return fit_frame(frame, size)[None, None].float() / 127.5 - 1
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def frames_of(path, size, fps=0.0):
@@ -554,7 +538,7 @@ def read_video(path, size, fps=0.0):
 
 
 FFMPEG = {".mp4": dict(codec="libx264", quality=8, output_params=["-preset", "veryfast"]),  # it has to keep up with the stream
-          ".gif": dict(codec="gif", quality=None, pix_fmt_out="pal8", output_params=[  # every frame has a palette of its own
+          ".gif": dict(codec="gif", pixelformat="pal8", output_params=[  # every frame has a palette of its own
               "-filter_complex", "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none", "-loop", "0"])}
 
 
@@ -562,32 +546,20 @@ FFMPEG = {".mp4": dict(codec="libx264", quality=8, output_params=["-preset", "ve
 def video_writer(path, fps=8, zoom=1):
     """A function that takes frames (f, 3, H, W) in [-1, 1], part after part, to an mp4 or gif. Written as they come, so that memory stays
     constant; the name appears once all is there. Small frames are enlarged by `zoom` (whole pixels) to be visible."""
-    path, file, given, there = Path(path), None, 0, 0
+    path, given, there = Path(path), 0, 0
     with written_whole(path) as temporary:
         def write(frames):
-            nonlocal file, given
+            nonlocal given
             for frame in to_uint8(frames):
-                frame = np.ascontiguousarray(enlarged(frame, zoom))
-                if file is None:
-                    file = write_frames(f"file:{temporary}", frame.shape[1::-1], fps=fps, macro_block_size=1, ffmpeg_log_level="error",
-                                        **FFMPEG[path.suffix.lower()])
-                    file.send(None)
-                file.send(frame)
+                file.append_data(frame.repeat(zoom, 0).repeat(zoom, 1))
                 given += 1
 
-        try:
-            yield write
-        finally:
-            if file:
-                file.close()  # waits for ffmpeg, whose exit status imageio_ffmpeg does not look at
+        with contextlib.closing(iio.get_writer(temporary, "mp4", fps=fps, macro_block_size=1, ffmpeg_log_level="error",
+                                               **FFMPEG[path.suffix.lower()])) as file:  # "mp4" means by ffmpeg, which writes gifs too
+            yield write  # closing waits for ffmpeg, but nobody looks at its exit status
         with contextlib.suppress(RuntimeError):  # nothing that could be counted
-            there = count_frames_and_secs(str(temporary))[0]
+            there = count_frames_and_secs(f"file:{temporary}")[0]  # else it would see a protocol in 12:30.mp4
         require(there == given, f"cannot write {path}: ffmpeg left {there} of {given} frames; free some space or choose another place")
-
-
-def enlarged(picture, zoom):
-    """(H, W, 3) with every pixel a square of `zoom` x `zoom`."""
-    return picture.repeat(zoom, 0).repeat(zoom, 1)
 
 
 def to_uint8(frames):
@@ -599,15 +571,7 @@ def write_sheet(path, video, zoom=2):
     """Contact sheet, a row per video of `video` (b, f, 3, H, W), a column per frame."""
     sheet = rearrange(to_uint8(video), "b f h w c -> (b h) (f w) c")
     with written_whole(path) as temporary:
-        iio.imwrite(temporary, enlarged(sheet, zoom))
-
-
-def write_gif_grid(path, video, columns=4, zoom=3, fps=8):
-    """One animation of all videos of `video` (b, f, 3, H, W), `columns` side by side."""
-    video = video[:len(video) // columns * columns] if len(video) >= columns else video
-    columns = min(columns, len(video))
-    with video_writer(path, fps, zoom) as write:
-        write(rearrange(video, "(r k) f c h w -> f c (r h) (k w)", k=columns))
+        iio.imwrite(temporary, sheet.repeat(zoom, 0).repeat(zoom, 1))
 
 
 # ---------------------------------------------------------------- the command

@@ -9,7 +9,7 @@ layers learnable queries cross-attend to the tokens; their answers are concatena
 """
 import torch
 import torch.nn as nn
-from einops import rearrange, repeat
+from einops import rearrange
 
 from model import attention, block_causal_mask
 
@@ -28,10 +28,9 @@ class QueryHead(nn.Module):
     def forward(self, tokens):
         """(b, l, dim) -> (b, queries * dim)"""
         tokens = self.norm(tokens)
-        split = lambda y: rearrange(y, "b l (h d) -> b l h d", h=self.heads)
-        q = split(repeat(self.query, "l d -> b l d", b=len(tokens)))
-        k, v = split(self.k(tokens)), split(self.v(tokens))
-        return self.o(attention(q.to(v.dtype), k, v).flatten(2)).flatten(1)
+        k, v = self.k(tokens), self.v(tokens)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.query.to(v.dtype).expand(len(tokens), -1, -1), k, v))
+        return self.o(attention(q, k, v).flatten(2)).flatten(1)
 
 
 class Discriminator(nn.Module):

@@ -12,6 +12,7 @@ Parameter names are exactly those of the official checkpoints, which therefore l
 Parallelism is put on from outside (parallel.py): nothing here knows of devices or processes.
 """
 import functools
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -76,8 +77,7 @@ def chunk_bounds(frames, first, chunk):
     near = first + max(1, round((frames - first) / chunk)) * chunk
     require(frames == near, f"{frames} frames do not divide into a first chunk of {first} and chunks of {chunk}: "
             f"use --frames {near}, or another --chunk")
-    starts = list(range(first, frames, chunk))
-    return ([(0, first)] if first else []) + [(s, s + chunk) for s in starts]
+    return ([(0, first)] if first else []) + [(start, start + chunk) for start in range(first, frames, chunk)]
 
 
 def block_causal_mask(frames, first, chunk, window=None, sink=0):
@@ -106,14 +106,11 @@ def teacher_forcing_mask(frames, first, chunk):
 def visibility(mask):
     """The same mask as a list of (query frames, key frames): runs of frames that see the same, and what they see."""
     rows, groups = mask.tolist(), []
-    for q, row in enumerate(rows):
-        if groups and rows[q - 1] == row:
-            groups[-1] = (slice(groups[-1][0].start, q + 1), groups[-1][1])
-            continue
-        keys = [k for k, seen in enumerate(row) if seen]
+    for row, alike in itertools.groupby(range(len(rows)), rows.__getitem__):
+        queries, keys = list(alike), [k for k, seen in enumerate(row) if seen]
         if keys and keys == list(range(keys[0], keys[-1] + 1)):
             keys = slice(keys[0], keys[-1] + 1)  # a view instead of a copy
-        groups.append((slice(q, q + 1), keys))
+        groups.append((slice(queries[0], queries[-1] + 1), keys))
     return groups
 
 
@@ -138,8 +135,6 @@ def framewise_attention(q, k, v, groups):
 
     One unmasked call for each group of frames that see the same: no token mask (1 GB at Wan scale) is ever built,
     no work is spent on what is hidden, and every attention kernel will do."""
-    if groups is None:
-        groups = [(slice(None), slice(None))]
     out = [attention(q[:, queries].flatten(1, 2), k[:, keys].flatten(1, 2), v[:, keys].flatten(1, 2))
            for queries, keys in groups]
     return rearrange(torch.cat(out, 1), "b (f n) h d -> b f n (h d)", n=q.shape[2])
@@ -180,21 +175,20 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))
         self.norm_q, self.norm_k = (nn.RMSNorm(cfg.dim, eps=cfg.eps) for _ in range(2))  # over the whole width
 
-    def normed(self, x, name):
-        """QK norm: RMSNorm of the projected width, before the heads are split; in the dtype of its weight."""
-        norm = getattr(self, f"norm_{name}")
-        return norm(getattr(self, name)(x).to(norm.weight.dtype))
+    def projected(self, x, context):
+        """Queries of x, keys and values of `context`, each (..., heads, d). QK norm is over the whole width, in the dtype of its weight."""
+        v, dtype = self.v(context), self.norm_q.weight.dtype
+        q, k = self.norm_q(self.q(x).to(dtype)), self.norm_k(self.k(context).to(dtype))
+        return [y.to(v.dtype).unflatten(-1, (self.heads, -1)) for y in (q, k, v)]
 
     def forward(self, x, views, past=None):
         """x (b, f, n, dim) -> the same, and its own keys and values BEFORE RoPE, for a cache.
 
         `views` is a list of (query frames, key frames, rope table of the queries, of the keys, groups from visibility()),
         as a rule a single one; `past` = (k, v) of earlier frames, which come before x among the keys."""
-        split = lambda y: rearrange(y, "b f n (h d) -> b f n h d", h=self.heads)
         if torch.is_autocast_enabled(x.device.type):  # one cast, kept once for the backward pass, instead of one for each of q, k and v
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        v = split(self.v(x))
-        q, k = split(self.normed(x, "q")).to(v.dtype), split(self.normed(x, "k")).to(v.dtype)
+        q, k, v = self.projected(x, x)
         keys, values = (k, v) if past is None else (torch.cat([past[0], k], 1), torch.cat([past[1], v], 1))
         y = [framewise_attention(rotate(q[:, queries], rope_q), rotate(keys[:, seen], rope_k), values[:, seen], groups)
              for queries, seen, rope_q, rope_k, groups in views]
@@ -206,10 +200,7 @@ class CrossAttention(SelfAttention):
 
     def forward(self, x, text):
         """x (b, f, n, dim), text (b, l, dim) -> (b, f, n, dim)"""
-        split = lambda y: rearrange(y, "b l (h d) -> b l h d", h=self.heads)
-        v = split(self.v(text))
-        q, k = split(self.normed(x.flatten(1, 2), "q")).to(v.dtype), split(self.normed(text, "k")).to(v.dtype)
-        y = attention(q, k, v)
+        y = attention(*self.projected(x.flatten(1, 2), text))
         return self.o(rearrange(y, "b (f n) h d -> b f n (h d)", n=x.shape[2]))
 
 
@@ -313,12 +304,10 @@ class DiT(nn.Module):
                    rides along; they see what that pass would see, the rest sees what it would see after it.
                    Only their keys and values are wanted, so the last block leaves the rest of them out, as does the flow
         taps       indices of blocks whose hidden states are returned as well
-        Raises ValueError for sides that do not divide into patches and for too long a text."""
+        Raises UsageError for sides that do not divide into patches and for too long a text."""
         p, (_, f, _, h, w) = self.cfg.patch, x.shape
-        if h % p or w % p:
-            raise ValueError(f"latent frames of {h}x{w} do not divide into patches of {p}x{p}")
-        if text.shape[1] > self.cfg.text_len:
-            raise ValueError(f"text of {text.shape[1]} tokens, the network takes {self.cfg.text_len}")
+        require(h % p == w % p == 0, f"latent frames of {h}x{w} do not divide into patches of {p}x{p}")
+        require(text.shape[1] <= self.cfg.text_len, f"text of {text.shape[1]} tokens, the network takes {self.cfg.text_len}")
         # a convolution with stride = kernel is a linear map of patches
         x = F.linear(rearrange(x, "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=p),
                      self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
@@ -328,7 +317,7 @@ class DiT(nn.Module):
 
         everything, pos = slice(None), positions or range(f)
         seen = [(everything, everything, pos, pos)] if cache is None else cache.views(f, closing)
-        groups, past = None if mask is None else visibility(mask), cache and cache.past
+        groups, past = [(everything, everything)] if mask is None else visibility(mask), cache and cache.past
         table = lambda pos: rope_table(tuple(pos), h // p, w // p, self.cfg.dim // self.cfg.num_heads, x.device)
         views = [(queries, keys, table(q_pos), table(k_pos), groups) for queries, keys, q_pos, k_pos in seen]
 
@@ -376,6 +365,11 @@ def require(condition, sentence):
         raise UsageError(sentence)
 
 
+def first_line(error):
+    """What an exception says, in short."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+
+
 # ---------------------------------------------------------------- weights on disk
 
 def open_weights(path):
@@ -385,8 +379,7 @@ def open_weights(path):
            .pt state dict, of which `generator_ema` or `generator` is taken where it has them (Self Forcing)
     Raises UsageError where nothing can be read."""
     path = Path(path)
-    if not path.exists():
-        raise UsageError(f"{path} does not exist: run the stage that makes it, or check the path")
+    require(path.exists(), f"{path} does not exist: run the stage that makes it, or check the path")
     index = sorted(path.glob("*.safetensors.index.json"))
     try:
         files = ([path] if path.is_file() else sorted({path / f for f in json.loads(index[0].read_text())["weight_map"].values()})
@@ -401,16 +394,10 @@ def open_weights(path):
                 state = state.get("generator_ema") or state.get("generator") or state
                 parts |= {name.removeprefix("model."): tensor for name, tensor in state.items()}
     except Exception as error:  # every format has its own kinds
-        raise UsageError(f"the weights in {path} cannot be read ({str(error).splitlines()[0][:200]}): check who may read them, download them "
+        raise UsageError(f"the weights in {path} cannot be read ({first_line(error)}): check who may read them, download them "
                          "again, or train the stage again that made them") from None
-    if not parts:
-        raise UsageError(f"{path} holds no weights: name a .safetensors or .pt file, or a folder of .safetensors files")
+    require(parts, f"{path} holds no weights: name a .safetensors or .pt file, or a folder of .safetensors files")
     return parts
-
-
-def shape_of(weight):
-    """The shape of a tensor, or of a slice from open_weights()."""
-    return tuple(weight.get_shape() if hasattr(weight, "get_shape") else weight.shape)
 
 
 def load_into(net, weights, where, part=lambda p: (p, slice(None))):
@@ -419,12 +406,12 @@ def load_into(net, weights, where, part=lambda p: (p, slice(None))):
     weights   a state dict, or open_weights()
     part      callable parameter -> (tensor to fill, the rows of the whole that it holds), for a sharded network"""
     params = dict(net.named_parameters())
-    want, have = {k: tuple(p.shape) for k, p in params.items()}, {k: shape_of(w) for k, w in weights.items()}
+    want = {name: tuple(p.shape) for name, p in params.items()}
+    have = {name: tuple(w.get_shape() if hasattr(w, "get_shape") else w.shape) for name, w in weights.items()}
     for what, names in (("lacks", want.keys() - have.keys()), ("has unknown", have.keys() - want.keys()),
                         ("has another shape of", {k for k in want.keys() & have.keys() if want[k] != have[k]})):
-        if names:
-            raise UsageError(f"{where} {what} {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''} "
-                             f"({len(names)} in all): choose the preset and flags it was trained with")
+        require(not names, f"{where} {what} {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''} "
+                f"({len(names)} in all): choose the preset and flags it was trained with")
     with torch.no_grad():
         for name, param in params.items():
             target, rows = part(param)
@@ -474,8 +461,7 @@ class KVCache:
     def left(self, frames):
         """Which of the kept frames and `frames` that follow them remain once these are committed: their indices."""
         total = len(self.kept) + frames
-        drop = 0 if self.window is None else max(0, total - self.sink - self.window)
-        return [i for i in range(total) if not self.sink <= i < self.sink + drop]
+        return [i for i in range(total) if i < self.sink or self.window is None or i >= total - self.window]
 
     def commit(self, frames=None):
         """The present chunk, or its first `frames` frames, becomes past; the oldest beyond sink + window are forgotten."""

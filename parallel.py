@@ -83,11 +83,11 @@ def by_first(function, *args):
     if world()[0] == 0:
         try:
             answer = [function(*args)]
-        except UsageError as error:
+        except (UsageError, OSError) as error:
             answer = [error]
     if dist.is_initialized():
         dist.broadcast_object_list(answer)
-    if isinstance(answer[0], UsageError):
+    if isinstance(answer[0], Exception):
         raise SystemExit(2) if world()[0] else answer[0]
     return answer[0]
 
@@ -145,10 +145,8 @@ def has_bfloat16(device):
 
 def now(device):
     """Seconds, once the device has done all it was told to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    if device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
@@ -329,15 +327,10 @@ def fingerprint(path):
 
 def begin_state(optimizer):
     """Give an optimizer its moments, all zero. Saving a state would do so by a step without gradients, which counts as one."""
-    for group in optimizer.param_groups:
-        group["lr"], lr = 0.0, group["lr"]
-        for p in group["params"]:
-            p.grad = torch.zeros_like(p)
-        group["lr_before"] = lr
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        p.grad = torch.zeros_like(p)  # which without weight decay moves nothing
     optimizer.step()
     optimizer.zero_grad()
-    for group in optimizer.param_groups:
-        group["lr"] = group.pop("lr_before")
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].zero_()
@@ -370,7 +363,7 @@ def save_state(run):
         shutil.rmtree(new, ignore_errors=True)
         if any(isinstance(failure, KeyboardInterrupt) for failure, _ in getattr(error, "failures", {}).values()):  # a second Ctrl-C
             raise KeyboardInterrupt from None
-        raise UsageError(f"cannot write {done} ({str(error).strip().splitlines()[-1][:150]}): free some space and give the same command "
+        raise UsageError(f"cannot write {done} ({(str(error).strip() or repr(error)).splitlines()[-1][:150]}): free some space and give the same command "
                          f"again; it goes on from {next(iter(saved_states(run.dir)), 'the beginning')}") from None
     if run.writes:
         for old in saved_states(run.dir)[2:]:
@@ -386,10 +379,10 @@ def load_state(run):
             dcp.load(state, checkpoint_id=path)
             break
         except (Exception, CheckpointException):  # truncated, or of another kind
-            print(f"{path} is damaged: going back to the state before", file=sys.stderr)
+            if run.writes:
+                print(f"{path} is damaged: going back to the state before", file=sys.stderr)
     else:
-        if found:
-            raise UsageError(f"no state in {run.dir / 'state'} can be read: --no-resume trains stage {run.cfg.stage} from its beginning")
+        require(not found, f"no state in {run.dir / 'state'} can be read: --no-resume trains stage {run.cfg.stage} from its beginning")
         return
     for name in run.nets:
         if name in state:

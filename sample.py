@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import (FFMPEG, Flags, PatchCodec, WordEncoder, asked_to_stop, check_device, dataset, explain, held_out, read_image, read_json,
@@ -47,10 +47,9 @@ def guided(model, text, scale, negative=None):
     def velocity(x, t):
         if scale == 1:
             return model(x, t, text)
-        length = max(text.shape[1], 0 if negative is None else len(negative))
-        both = [F.pad(part, (0, 0, 0, length - part.shape[1])) for part in (
-            text, torch.zeros_like(text) if negative is None else negative.to(text).expand(len(text), -1, -1))]
-        cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat(both)).chunk(2)
+        away = torch.zeros_like(text) if negative is None else negative.to(text).expand(len(text), -1, -1)
+        both = pad_sequence([*text, *away], batch_first=True)  # zeros after the shorter ones
+        cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         return guide(cond, uncond, scale)
     return velocity
 
@@ -70,8 +69,7 @@ def sample_ode(velocity, noise, first, times, keep=()):
     return (x, kept) if keep else x
 
 
-def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=False, context_level=0.0,
-            cache_grad=False):
+def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=False, context_level=0.0, cache_grad=False):
     """Write a video chunk after chunk; yields (b, chunk, c, h, w), the given frames `first` before all others.
 
     model          causal student; model.cfg says chunk, sink, window and shift (paper eq. 1)

@@ -25,7 +25,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -34,18 +33,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import losses as L
-from data import (Draws, Flags, PatchCodec, WordEncoder, asked_to_stop, check_device, clips_in, dataset, explain, held_out, padded, read_json,
-                  read_tensors, save_tensors, write_gif_grid, write_json, write_sheet, written_whole)
+from data import (Draws, Flags, PatchCodec, WordEncoder, asked_to_stop, check_device, clips_in, dataset, explain, held_out, read_json,
+                  read_tensors, save_tensors, video_writer, write_json, write_sheet, written_whole)
 from discriminator import Discriminator
 from model import PRESETS, Config, Shape, UsageError, block_causal_mask, build, chunk_bounds, load_into, open_weights, require
 from parallel import (Flops, Muon, averaged, begin_state, by_first, fingerprint, has_bfloat16, load_state, locked, matrix_rate, now, own_rows,
                       processes, save_state, saved_states, shard, whole, world)
 from sample import animate, frame_times, guided, load_codec, read_settings, rollout, sample_ode, schedule
-
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a state of a single process is saved on purpose
 
@@ -142,15 +142,14 @@ _WAN_RECIPE = {  # latents of 480 x 832 pixels
     2: dict(iters=100, batch_size=64, dmd=1.0, lr=2e-6, betas=(0.0, 0.999), critic_lr=4e-7, critic_betas=(0.0, 0.999),
             critic_updates=5, critic_warmup=0, guidance=6.0, score_shift=5.0),
     3: dict(iters=200, batch_size=256, gan=1.0, lr=4e-7, betas=(0.0, 0.999), critic_lr=2e-6, critic_betas=(0.0, 0.999),
-            backbone_lr=1e-6, critic_updates=1, critic_warmup=0, disc_queries=1, gan_t_max=1.0, gan_shift=1.0,
-            r_weight=20.0, r_sigma=0.05, r_every=1),
+            backbone_lr=1e-6, critic_updates=1, critic_warmup=0, disc_queries=1, gan_t_max=1.0, gan_shift=1.0, r_sigma=0.05, r_every=1),
 }
 RECIPES["wan-1.3b"] = {s: dict(r, latent_size=(60, 104), disc_layers=(14, 21, 29)) for s, r in _WAN_RECIPE.items()}
 RECIPES["wan-14b"] = {s: dict(r, latent_size=(60, 104), disc_layers=(19, 29, 39)) for s, r in _WAN_RECIPE.items()}
 
 
 LIMITS = (  # least, most, in words, the settings that have to lie between
-    (1, math.inf, "at least 1", "batch_size trajectories ode_steps levels student_steps context_parallel disc_queries r_every max_bad_steps "
+    (1, math.inf, "at least 1", "batch_size trajectories ode_steps levels student_steps critic_updates disc_updates context_parallel disc_queries r_every max_bad_steps "
                                 "size codec_patch window dim ffn_dim freq_dim num_heads num_layers in_dim patch text_len text_dim"),
     (0, math.inf, "at least 0", "iters micro_batch save_every eval_clips samples fps sink lr critic_lr muon_lr backbone_lr warmup "
                                 "critic_warmup guidance dmd dmd_flow gan gan_ratio r_weight r_sigma"),
@@ -213,7 +212,8 @@ def check(cfg):
     require(cfg.in_dim == cfg.out_dim, f"--in-dim {cfg.in_dim} and --out-dim {cfg.out_dim} must be the same")
     require(cfg.size % pixels == 0, f"--size {cfg.size} does not divide into patches of {pixels} pixels: "
             f"use --size {max(1, round(cfg.size / pixels)) * pixels}")
-    require(len(cfg.latent_size) == 2 and not any(side % cfg.patch for side in cfg.latent_size),
+    require(len(cfg.latent_size) == 2 and all(side % cfg.patch == 0 for side in cfg.latent_size) and (
+        min(cfg.latent_size) > 0 or not any(cfg.latent_size)),
             f"--latent-size {spaced(cfg.latent_size)} is not a height and a width that divide by {cfg.patch}")
     require(all(len(betas) == 2 and all(0 <= beta < 1 for beta in betas) for betas in (cfg.betas, cfg.critic_betas)),
             "--betas and --critic-betas take two numbers each, from 0 to below 1")
@@ -252,8 +252,8 @@ class Batch:
 
 
 class Run:
-    """A stage at work: settings, data, networks and their optimizers, the step, the log. train() goes through its life:
-    look (what is there?), Run, claim (the folder), prepare (networks), load_state, loop, export, show, score."""
+    """A stage at work: settings, data, networks and their optimizers, the step. train() goes through its life: look (what is there?),
+    Run, prepare (networks), claim (the folder), make_trajectories, load_state, loop, export, show, score."""
 
     def __init__(self, cfg):
         self.cfg, self.step, self.before, self.bad, self.began = cfg, 0, steps_before(cfg), {}, time.time()
@@ -297,12 +297,10 @@ class Run:
             matrices = [p for n, p in params.items() if muon_lr and "blocks." in n and p.ndim == 2]
             rest = [p for n, p in params.items() if not (muon_lr and "blocks." in n and p.ndim == 2)]
             if matrices:
-                optimizers.append(Muon(matrices, muon_lr))
-            optimizers.append(torch.optim.AdamW(rest, lr=lr, **options))
-        for o in optimizers:
-            begin_state(o)
-            for g in o.param_groups:
-                g["peak"] = g["lr"]
+                optimizers.append(Muon([dict(params=matrices, peak=muon_lr)], muon_lr))
+            optimizers.append(torch.optim.AdamW([dict(params=rest, peak=lr)], lr, **options))
+        for optimizer in optimizers:
+            begin_state(optimizer)
         self.nets[name], self.opts[name] = module, optimizers
 
     def batches(self, purpose):
@@ -328,7 +326,8 @@ class Run:
         """Teacher trajectories for a batch: states (b, levels + 1, f, c, h, w), noise first, and their texts."""
         numbers = (batch.draws.rand(1)[:, 0] * self.cfg.trajectories).long().tolist()
         rows = [read_tensors(self.dir / "trajectories" / f"{n:06d}.safetensors") for n in numbers]
-        return torch.stack([row["states"] for row in rows]).to(self.device), padded([row["text"] for row in rows]).to(self.device)
+        text = pad_sequence([row["text"] for row in rows], batch_first=True)
+        return torch.stack([row["states"] for row in rows]).to(self.device), text.to(self.device)
 
     def draws(self, clips, purpose):
         return Draws(clips, self.cfg.seed, self.cfg.stage, self.before + self.step, purpose, device=self.device)
@@ -594,11 +593,9 @@ def make_trajectories(run):
     """The teacher's ODE trajectories, a file each with the states at the student's levels. Those that are there are kept."""
     cfg, folder, at_once = run.cfg, run.dir / "trajectories", run.cfg.micro_batch or 32
     keep = range(0, cfg.ode_steps, cfg.ode_steps // cfg.levels)
-    missing = [[n for n in range(cfg.trajectories) if not (folder / f"{n:06d}.safetensors").is_file()]]
-    if dist.is_initialized():
-        dist.broadcast_object_list(missing)  # all go by what the first process sees
-    mine = missing[0][run.rank::run.world]
-    mine += missing[0][:1] * (-(-len(missing[0]) // run.world) - len(mine))  # as many for all: every pass gathers weights
+    missing = by_first(lambda: [n for n in range(cfg.trajectories) if not (folder / f"{n:06d}.safetensors").is_file()])
+    mine = missing[run.rank::run.world]
+    mine += missing[:1] * (-(-len(missing) // run.world) - len(mine))  # as many for all: every pass gathers weights
     for i in tqdm(range(0, len(mine), at_once), desc="trajectories", disable=not run.writes):
         numbers = mine[i:i + at_once]
         batch = run.batch([cfg.seed * 10_000_000 + 5_000_000 + n for n in numbers], "trajectories")
@@ -638,7 +635,8 @@ def show(run):
     if run.writes:
         video = torch.cat([run.codec.decode(batch.x0), run.codec.decode(x)])
         write_sheet(run.dir / "samples.png", video)
-        write_gif_grid(run.dir / "samples.gif", video, columns=cfg.samples)
+        with video_writer(run.dir / "samples.gif", zoom=3) as write:
+            write(rearrange(video, "(r k) f c h w -> f c (r h) (k w)", r=2))
 
 
 # ---------------------------------------------------------------- the loop
@@ -711,7 +709,7 @@ def loop(run):
     reason = stop()
     run.began -= 60 * (past[-1].get("minutes", 0.0) if past else 0.0)  # as if it had never been interrupted
     bar = tqdm(total=cfg.iters, initial=run.step, desc=run.dir.name, disable=not run.writes, mininterval=1.0)
-    share = cfg.batch_size // run.world
+    say, share = bar.write if run.writes else lambda text: None, cfg.batch_size // run.world
     passes, resumed, began = -(-share // (cfg.micro_batch or share)), run.step, now(run.device)
     if run.writes:
         print(f"stage {cfg.stage}: a step is {cfg.batch_size} clips = {run.parts} x {share} clips, in {passes} passes")
@@ -735,10 +733,10 @@ def loop(run):
             if cfg.save_every and run.step % cfg.save_every == 0 or terminated:
                 save_state(run)
             if terminated:
-                bar.write(f"stage {cfg.stage} was terminated and saved at step {run.step}: the same command goes on from there")
+                say(f"stage {cfg.stage} was terminated and saved at step {run.step}: the same command goes on from there")
                 raise SystemExit(128 + (came or [signal.SIGTERM])[0])
             if reason := stop():
-                bar.write(f"stage {cfg.stage} stops early at step {run.step}: {reason}")
+                say(f"stage {cfg.stage} stops early at step {run.step}: {reason}")
     bar.close()
     return in_words(run, (run.step - resumed) / (now(run.device) - began), work.flops)
 
@@ -816,10 +814,10 @@ def table(out):
 def main(argv=None):
     """The command line: one stage, or all four in order and the table."""
     given = parse(argv)
-    if "plan" in given:
-        script = Path(__file__).resolve().parent / "experiments" / "plan.py"
-        raise SystemExit(subprocess.run([sys.executable, script, *(sys.argv[1:] if argv is None else argv)]).returncode)
     with explain(), processes(given.get("device")):
+        if "plan" in given:
+            from experiments import plan  # which itself reads this file
+            return plan.main(argv)
         require("gpus" not in given, "--gpus needs --plan")
         every = given.get("stage", -1) == -1
         require(not every or not {"tag", "init"} & given.keys(), "--tag and --init belong to one stage: say which with --stage")

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data import VIDEO_ENDINGS, Flags, captions_in, check_device, clips_in, first_line, frames_of, read_text, save_tensors, videos_in, written_whole
-from model import UsageError, require
+from data import VIDEO_ENDINGS, Flags, captions_in, check_device, clips_in, frames_of, read_text, save_tensors, videos_in, written_whole
+from model import UsageError, first_line, require
 
 
 # ---------------------------------------------------------------- the VAE and the text encoder
@@ -75,9 +75,8 @@ class WanCodec:
         @torch.autocast(self.mean.device.type, enabled=False)  # the VAE is published in float32
         def decode(latents):
             z = vae.post_quant_conv(latents.float().transpose(1, 2).to(self.mean.device) * self.std + self.mean)
-            frames = []
-            for frame in z.split(1, 2):  # as AutoencoderKLWan does inside, but for the end of the stream
-                frames.append(vae.decoder(frame, feat_cache=memory, feat_idx=[0], first_chunk=bool(first) and first.pop()))
+            frames = [vae.decoder(frame, feat_cache=memory, feat_idx=[0], first_chunk=bool(first) and first.pop())
+                      for frame in z.split(1, 2)]  # as AutoencoderKLWan does inside, but for the end of the stream
             return torch.cat(frames, 2).clamp(-1, 1).transpose(1, 2)
 
         return decode
@@ -102,19 +101,14 @@ class CaptionEncoder:
 
 # ---------------------------------------------------------------- videos and captions to latents
 
-def cut(frames, length):
-    """A stream of frames as clips (length, 3, h, w), one after the other; what is left at the end is dropped."""
-    while len(part := list(itertools.islice(frames, length))) == length:
-        yield torch.stack(part)
-
-
 def encode_video(path, caption, codec, words, out, size, args):
-    """The clips of one video, a file each. UsageError where it is shorter than one."""
-    text, n = words.encode(caption), -1
-    for n, clip in enumerate(cut(frames_of(path, size, args.fps), args.frames)):
-        latents = codec.encode(clip[None].float() / 127.5 - 1)[0]
+    """The clips of one video, a file each; what is left at its end is dropped. UsageError where it is shorter than one."""
+    text, frames, n = words.encode(caption), frames_of(path, size, args.fps), 0
+    while len(clip := list(itertools.islice(frames, args.frames))) == args.frames:
+        latents = codec.encode(torch.stack(clip)[None].float() / 127.5 - 1)[0]
         save_tensors(out / f"{path.name}-{n:04d}.safetensors", {"latents": latents, "text": text})
-    require(n >= 0, f"{path} is shorter than a clip of {args.frames} frames")
+        n += 1
+    require(n, f"{path} is shorter than a clip of {args.frames} frames")
 
 
 def encode_videos(sources, words, args):
@@ -150,6 +144,7 @@ def encode_prompts(lines, words, out):
 def to_encode(args):
     """(videos, captions) that the command line names, one of them empty. UsageError before anything is loaded."""
     require(args.frames >= 1 and args.frames % 4 == 1, f"--frames {args.frames} is not 4 k + 1: use --frames {max(5, args.frames // 4 * 4 + 1)}")
+    require(args.fps >= 0, f"--fps {args.fps} does not work: it has to be at least 0")
     require(bool(args.prompts) != bool(args.videos) and (args.vae or not args.videos), "name either --videos with --vae, or --prompts")
     check_device(args.device)
     sides(args.size)
