@@ -5,8 +5,9 @@
     python data.py encode --videos DIR_OF_MP4 --out DIR_OF_LATENTS --vae DIR_OF_VAE --text-encoder DIR_OF_UMT5
                                                               videos and captions to latents, for training at Wan scale
 
-A dataset is anything with batch(indices) -> {"video": (b, f, 3, H, W) in [-1, 1], "text": [str]} and `latent` False; one of latents
-gives {"latents": (b, f, c, h, w), "embeddings": (b, l, d)}, and its `latent` is True. Clip number i is always the same clip, so that a run is resumed by knowing its step, and any number of devices reads the same global batch.
+A dataset is anything with batch(indices) -> {"video": (b, f, 3, H, W) in [-1, 1], "text": [str]} and `latent` False, or, with `latent`
+True, {"latents": (b, f, c, h, w), "embeddings": (b, l, d)}. Clip number i is always the same clip, so that a run is resumed by
+knowing its step, and any number of devices reads the same global batch.
 """
 import argparse
 import contextlib
@@ -107,7 +108,8 @@ def written_whole(path):
         yield temporary
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
-        raise UsageError(f"cannot write {path}: {getattr(error, 'strerror', None) or first_line(error)}; free some space or choose another place") from error
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise UsageError(f"cannot write {path}: {why}; free some space or choose another place") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -369,9 +371,6 @@ class WordEncoder:
     def __init__(self, length, dim):
         self.length, self.dim, self.said = length, dim, False
 
-    def _word(self, word):
-        return torch.randn(self.dim, generator=torch.Generator().manual_seed(zlib.crc32(word.encode())))
-
     def encode(self, captions):
         out = torch.zeros(len(captions), self.length, self.dim)
         for row, caption in zip(out, captions):
@@ -381,7 +380,7 @@ class WordEncoder:
                 print(f"of \"{caption[:80]}\" only the first {self.length} of {len(words)} words are used: --text-len {len(words)} in all "
                       "stages takes them all", file=sys.stderr)
             for slot, word in zip(row, words):
-                slot.copy_(self._word(word))
+                slot.copy_(torch.randn(self.dim, generator=torch.Generator().manual_seed(zlib.crc32(word.encode()))))
         return out
 
 
@@ -428,6 +427,9 @@ class PatchCodec:
 
     @classmethod
     def load(cls, path):
+        """What save() has written; None where there is no file, as in stages that were trained on latents."""
+        if not Path(path).is_file():
+            return None
         tensors = read_tensors(path)
         require(tensors.keys() == {"patch", "mean", "basis", "scale"},
                 f"{path} holds no codec: train the stage again, or copy the file from another stage of the run")
@@ -529,12 +531,10 @@ def frames_of(path, size, fps=0.0):
 
 
 def read_video(path, size, fps=0.0):
-    """All frames of a video file or a folder of images: (f, 3, h, w) uint8. Gathered in blocks: a small tensor left between the large ones
-    that every frame goes through keeps their memory from being used again (100,000 frames of 256 x 256 pixels, read at 32 x 32, took 22 GB for 0.3)."""
-    frames, blocks = frames_of(path, size, fps), []
-    while block := list(itertools.islice(frames, 64)):
-        blocks.append(torch.stack(block))
-    return torch.cat(blocks)
+    """All frames of a video file or a folder of images: (f, 3, h, w) uint8. Gathered in blocks: a small tensor left between the large
+    ones that every frame goes through keeps their memory from being used again (it took 200 KB a frame of 256 x 256 pixels)."""
+    frames = frames_of(path, size, fps)
+    return torch.cat([torch.stack(block) for block in iter(lambda: list(itertools.islice(frames, 64)), [])])
 
 
 FFMPEG = {".mp4": dict(codec="libx264", quality=8, output_params=["-preset", "veryfast"]),  # it has to keep up with the stream

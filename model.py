@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from safetensors import safe_open
 
 try:  # optional: SDPA is the default and is enough
@@ -147,16 +147,11 @@ def rope_table(positions, h, w, head_dim, device):
     `positions` is a tuple of frame positions. The head is split time | height | width, each part with its own
     frequencies 10000^(-2j/part)."""
     part = 2 * (head_dim // 6)
-
-    def angles(pos, width):
-        freqs = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-        return torch.as_tensor(pos, dtype=torch.float64)[:, None] * freqs
-
-    time, row, col = angles(positions, head_dim - 2 * part), angles(range(h), part), angles(range(w), part)
-    f = len(positions)
-    table = torch.cat([repeat(time, "f d -> f (h w) d", h=h, w=w), repeat(row, "h d -> f (h w) d", f=f, w=w),
-                       repeat(col, "w d -> f (h w) d", f=f, h=h)], -1)[:, :, None]
-    return torch.polar(torch.ones_like(table), table).to(torch.complex64).to(device)
+    places = [torch.as_tensor(along, dtype=torch.float64) for along in (positions, range(h), range(w))]
+    places = torch.cartesian_prod(*places).view(len(positions), h * w, 1, 3)
+    angles = torch.cat([places[..., i:i + 1] * 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+                        for i, width in enumerate((head_dim - 2 * part, part, part))], -1)
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
 
 
 def rotate(x, rope):

@@ -363,8 +363,9 @@ def save_state(run):
         shutil.rmtree(new, ignore_errors=True)
         if any(isinstance(failure, KeyboardInterrupt) for failure, _ in getattr(error, "failures", {}).values()):  # a second Ctrl-C
             raise KeyboardInterrupt from None
-        raise UsageError(f"cannot write {done} ({(str(error).strip() or repr(error)).splitlines()[-1][:150]}): free some space and give the same command "
-                         f"again; it goes on from {next(iter(saved_states(run.dir)), 'the beginning')}") from None
+        why = (str(error).strip() or repr(error)).splitlines()[-1][:150]
+        raise UsageError(f"cannot write {done} ({why}): free some space and give the same command again; it goes on from "
+                         f"{next(iter(saved_states(run.dir)), 'the beginning')}") from None
     if run.writes:
         for old in saved_states(run.dir)[2:]:
             shutil.rmtree(old, ignore_errors=True)

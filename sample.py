@@ -162,23 +162,17 @@ def read_settings(folder):
     return None
 
 
-def load_stage(folder, file="ema.safetensors", preset=None, device="cpu", dtype=torch.float32):
+def load_stage(folder, preset=None, device="cpu", dtype=torch.float32):
     """(network, codec or None, settings as a dict) of what train.py left in a stage's folder, or of a student's official
     weights, to which `preset` gives the shape. UsageError where they are missing. Weights are read one tensor at a time."""
     folder, settings = Path(folder), read_settings(folder)
-    path, codec = (folder, None) if settings is None else (folder / file, load_codec(folder))
+    path, codec = (folder, None) if settings is None else (folder / "ema.safetensors", PatchCodec.load(folder / "codec.safetensors"))
     if settings is None:
         require(preset in PRESETS, f"{folder} holds weights without settings: say --preset {' or '.join(p for p in PRESETS if p != 'toy')}")
         settings = {**asdict(Config(**PRESETS[preset])), "stage": 2, "student_steps": 4, "context_level": 0.0}
     with torch.device("meta"):
         net = build(Config(**{field.name: settings[field.name] for field in fields(Config)})).to(dtype)
     return load_into(net.to_empty(device=device), open_weights(path), path), codec, settings
-
-
-def load_codec(folder):
-    """The codec of a stage, None where it was trained on latents."""
-    path = Path(folder) / "codec.safetensors"
-    return PatchCodec.load(path) if path.is_file() else None
 
 
 # ---------------------------------------------------------------- the command
@@ -188,15 +182,6 @@ def newest_stage(root="out"):
     done = sorted(Path(root).glob("*/stage*/ema.safetensors"), key=lambda p: p.stat().st_mtime)
     require(done, f"no finished stage under {root}/: run python train.py first, or name one with --weights")
     return done[-1].parent
-
-
-def stream(net, codec, settings, first, text, randn, frames, steps):
-    """Pixels (f, 3, H, W) of one clip, part after part."""
-    latents, decode, written = 1 + math.ceil((frames - 1) / codec.ratio), codec.decoder(), 0
-    for part in parts(net, settings, first, text, randn, latents, steps):
-        pixels = decode(part)[0][:frames - written]
-        written += len(pixels)
-        yield pixels
 
 
 def inputs(args, codec, settings):
@@ -215,7 +200,8 @@ def inputs(args, codec, settings):
     require(not (args.vae or args.text_encoder or args.size), f"{where} brings its own codec and words: leave out --vae, --text-encoder and --size")
     require(given or args.from_data or args.prompt,
             f"{where} was trained without an image: say with --prompt what shall be seen, or take a held-out clip's caption with --from-data")
-    require(not given or args.image or args.from_data, f"{where} animates an image: name one with --image, or take a held-out clip's with --from-data")
+    require(not given or args.image or args.from_data,
+            f"{where} animates an image: name one with --image, or take a held-out clip's with --from-data")
     pixels, caption = torch.zeros(1, 1, 3, settings["size"], settings["size"]), ""  # for their shape
     if args.image:
         pixels = read_image(args.image, settings["size"])
@@ -235,7 +221,7 @@ def arguments(argv):
     parser.add_argument("--text-encoder", help="folder of Wan's text encoder and tokenizer, for those")
     parser.add_argument("--size", help="height x width in pixels, for those; default: 480x832")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--image", help="picture to animate, cut to shape around its centre; networks on latents also do without, from the prompt alone")
+    source.add_argument("--image", help="picture to animate, cut to shape around its centre; networks on latents also go by the prompt alone")
     source.add_argument("--from-data", action="store_true", help="first frame and caption of a held-out clip")
     parser.add_argument("--prompt", help="what shall happen; default: the caption of the clip, or nothing")
     parser.add_argument("--frames", type=int, default=0, help="frames to write, any number; default: as trained")
@@ -286,14 +272,16 @@ def main(argv=None):
     frames, steps = args.frames or 1 + codec.ratio * (settings["frames"] - 1), args.steps[0] if len(args.steps or []) == 1 else args.steps
     zoom = args.zoom or (1 if codec.ratio > 1 else max(1, 256 // settings["size"]))
 
+    latents, decode = 1 + math.ceil((frames - 1) / codec.ratio), codec.decoder()
     began, writing, written, chunks = time.perf_counter(), 0.0, 0, []
     half = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
     with (torch.no_grad(), half, video_writer(args.out, args.fps or (16 if codec.ratio > 1 else 8), zoom) as write,
           asked_to_stop(signal.SIGINT, signal.SIGTERM) as came):
-        for part in tqdm(stream(net, codec, settings, first, text, randn, frames, steps), unit="chunk"):
+        for part in tqdm(parts(net, settings, first, text, randn, latents, steps), unit="chunk"):
+            pixels = decode(part)[0][:frames - written]
             drawn = now(first.device)
-            write(part)
-            ended, written = time.perf_counter(), written + len(part)
+            write(pixels)
+            ended, written = time.perf_counter(), written + len(pixels)
             writing += ended - drawn
             chunks.append((ended - began, ended - began - writing, written))
             if came:  # Ctrl-C or SIGTERM: what has been written of a long stream is kept

@@ -6,6 +6,7 @@
 
 Reference vectors lie in goldens/. Everything runs on CPU, in float32 unless a test says otherwise.
 """
+import ast
 import importlib
 import json
 import multiprocessing
@@ -619,14 +620,16 @@ def test_long_captions_are_cut_and_said_once(capsys):
 
 
 @pytest.mark.parametrize("ending", [".mp4", ".gif"])
-def test_videos_are_written_as_they_come(tmp_path, ending):
+def test_videos_are_written_as_they_come(tmp_path, monkeypatch, ending):
+    monkeypatch.chdir(tmp_path)
     frames = torch.rand(300, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with data.video_writer(tmp_path / f"a{ending}", zoom=4) as write:
         for part in frames.split(50):
             write(part)
         assert max(p.stat().st_size for p in tmp_path.iterdir()) > 100_000 and not (tmp_path / f"a{ending}").exists()
-    with data.video_writer(tmp_path / f"12:30{ending}") as write:  # a colon is no protocol of ffmpeg's
+    with data.video_writer(f"12:30{ending}") as write:  # a colon is no protocol of ffmpeg's
         write(frames[:1])
+    assert Path(f"12:30{ending}").is_file()
     back = data.read_video(tmp_path / f"a{ending}", 128)
     assert len(back) == 300 and (ending == ".mp4" or (back[7, :, ::4, ::4].float() / 127.5 - 1 - frames[7]).abs().mean() < 0.1)
 
@@ -637,9 +640,11 @@ def test_folder_of_videos(tmp_path):
     (tmp_path / "e").rename(tmp_path / "e.1")
     (tmp_path / "a.txt").write_text("it gets lighter\n")
     (tmp_path / "e.1.txt").write_text("a dot in its name")
+    (tmp_path / "captions.csv").write_text('file,caption\na.mp4,the .txt wins\nb.webm,"of two\nlines, and a comma"\n')
+    (tmp_path / "captions.jsonl").write_text('{"file": "c.mov", "caption": " of json "}\n\n')
     (tmp_path / "notes.md").write_text("not a video")
     folder = data.VideoFolder(tmp_path, size=16, frames=5)
-    assert folder.texts == ["it gets lighter", "", "", "", "a dot in its name"]
+    assert folder.texts == ["it gets lighter", "of two\nlines, and a comma", "of json", "", "a dot in its name"]
     assert len(folder.clips) == 5 and all(c.shape == (12, 3, 16, 16) for c in folder.clips)
     batch = folder.batch(range(20))
     assert batch["video"].shape == (20, 5, 3, 16, 16) and (batch["video"][:, -1] > batch["video"][:, 0]).all()
@@ -1214,7 +1219,8 @@ def shell(*command, status=0, cwd=HERE):
     ("--stage 1 --ode-steps 9", "no multiple of --levels"),
     ("--stage 0 --dtype float8", "--dtype float8 is unknown"),
     ("--ema 2", "--ema 2.0 does not work: it has to be between 0 and 1"), ("--guidance nan", "--guidance nan does not work"), ("--tag a/b --stage 0", "--tag a/b becomes part"),
-    ("--context-level 3", "--context-level 3.0 does not work"),
+    ("--context-level 3", "--context-level 3.0 does not work"), ("--stage 2 --critic-updates -1", "--critic-updates -1 does not work"),
+    ("--latent-size -60 104", "--latent-size -60 104 is not"), ("--latent-size 0 104", "--latent-size 0 104 is not"),
 ])
 def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
@@ -1641,13 +1647,13 @@ def test_sampling_command(small_run, tmp_path):
 
 def test_an_interrupted_stream_is_kept(small_run, tmp_path, monkeypatch, capsys):
     """And --from-data --seed N is the clip that evaluate.py calls N."""
-    def interrupted(*args):
-        yield torch.zeros(1, 3, 32, 32)
+    def interrupted(net, settings, first, *args):
+        yield first
         os.kill(os.getpid(), number)
-        yield torch.zeros(3, 3, 32, 32)
+        yield first.expand(-1, 3, -1, -1, -1)
         pytest.fail("went on after Ctrl-C")
 
-    monkeypatch.setattr(sample, "stream", interrupted)
+    monkeypatch.setattr(sample, "parts", interrupted)
     for ending, number in (("mp4", signal.SIGINT), ("gif", signal.SIGTERM)):
         sample.main(["--weights", str(small_run / "stage3"), "--from-data", "--seed", "3", "--out", str(tmp_path / f"3.{ending}")])
         assert len(data.read_video(tmp_path / f"3.{ending}", 32)) == 4
@@ -1856,6 +1862,14 @@ def test_a_video_that_breaks_off_leaves_no_clips(tmp_path, monkeypatch):
         monkeypatch.setattr(wan, name, value)
     data.main(["encode", "--videos", str(tmp_path), "--out", str(tmp_path / "out"), "--vae", "v", "--text-encoder", "t", "--size", "16x16", "--frames", "5"])
     assert [p.name for p in data.clips_in(tmp_path / "out")] == ["a.mp4-0000.safetensors"]
+
+
+def test_functions_fit_a_screen():
+    """Of the files that are read to learn the method: none past 60 lines, docstring included."""
+    for file in HERE.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())) if file.name != "test_all.py" else ():
+            if isinstance(node, ast.FunctionDef) and node.name != "loop":
+                assert node.end_lineno - node.lineno < 60, f"{file.name}: {node.name}"
 
 
 @pytest.mark.slow

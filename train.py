@@ -45,7 +45,7 @@ from discriminator import Discriminator
 from model import PRESETS, Config, Shape, UsageError, block_causal_mask, build, chunk_bounds, load_into, open_weights, require
 from parallel import (Flops, Muon, averaged, begin_state, by_first, fingerprint, has_bfloat16, load_state, locked, matrix_rate, now, own_rows,
                       processes, save_state, saved_states, shard, whole, world)
-from sample import animate, frame_times, guided, load_codec, read_settings, rollout, sample_ode, schedule
+from sample import animate, frame_times, guided, read_settings, rollout, sample_ode, schedule
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a state of a single process is saved on purpose
 
@@ -99,7 +99,7 @@ class TrainConfig(Config):
     level_weights: tuple = (0.4, 0.1, 0.1, 0.1, 0.3)  # how often a chunk gets each level, from noise to clean
     # stages 2 and 3: the student's own rollouts
     student_steps: int = 1          # network passes per chunk
-    context_level: float = 0.0      # noise level at which a finished chunk enters the cache (Diagonal Forcing: 0.1); below 0: as its last pass left it
+    context_level: float = 0.0      # level at which a finished chunk enters the cache (Diagonal Forcing: 0.1); below 0: as its last pass left it
     cache_grad: bool = False        # gradients also through the passes that fill the cache; no: as in Self Forcing
     dmd: float = 0.0                # weight of the DMD term
     dmd_flow: float = 0.0           # of its part that is taken on differences of consecutive frames (Diagonal Distillation), over the other
@@ -149,10 +149,10 @@ RECIPES["wan-14b"] = {s: dict(r, latent_size=(60, 104), disc_layers=(19, 29, 39)
 
 
 LIMITS = (  # least, most, in words, the settings that have to lie between
-    (1, math.inf, "at least 1", "batch_size trajectories ode_steps levels student_steps critic_updates disc_updates context_parallel disc_queries r_every max_bad_steps "
-                                "size codec_patch window dim ffn_dim freq_dim num_heads num_layers in_dim patch text_len text_dim"),
+    (1, math.inf, "at least 1", "batch_size trajectories ode_steps levels student_steps critic_updates disc_updates context_parallel "
+     "disc_queries r_every max_bad_steps size codec_patch window dim ffn_dim freq_dim num_heads num_layers in_dim patch text_len text_dim"),
     (0, math.inf, "at least 0", "iters micro_batch save_every eval_clips samples fps sink lr critic_lr muon_lr backbone_lr warmup "
-                                "critic_warmup guidance dmd dmd_flow gan gan_ratio r_weight r_sigma"),
+     "critic_warmup guidance dmd dmd_flow gan gan_ratio r_weight r_sigma"),
     (1e-12, math.inf, "above 0", "clip eps shift train_shift score_shift gan_shift stop_distance"),
     (0, 1, "between 0 and 1", "ema text_drop decay gan_t_max stop_motion"), (-math.inf, 1, "at most 1", "context_level"),
     (3, math.inf, "at least 3", "frames"), (0, 90, "between 0 and 90, or its clips would be held-out ones", "seed"))
@@ -586,7 +586,7 @@ def source(cfg, path):
     for name in (field.name for field in fields(Shape)):
         require(settings[name] == getattr(cfg, name),
                 f"the checkpoint in {path} has {name} {settings[name]}, this run {getattr(cfg, name)}: use {flag(name)} {settings[name]}")
-    return open_weights(Path(path) / "ema.safetensors"), load_codec(path)
+    return open_weights(Path(path) / "ema.safetensors"), PatchCodec.load(Path(path) / "codec.safetensors")
 
 
 def make_trajectories(run):
@@ -631,7 +631,8 @@ def show(run):
         return
     batch = run.batch(list(held_out(cfg.samples)), "samples")
     with run.autocast():
-        x = animate(run.nets["ema"], asdict(cfg), batch.x0[:, :cfg.first], batch.text, lambda f: batch.draws.randn(f, *batch.x0.shape[2:]), cfg.frames)
+        noise = lambda frames: batch.draws.randn(frames, *batch.x0.shape[2:])
+        x = animate(run.nets["ema"], asdict(cfg), batch.x0[:, :cfg.first], batch.text, noise, cfg.frames)
     if run.writes:
         video = torch.cat([run.codec.decode(batch.x0), run.codec.decode(x)])
         write_sheet(run.dir / "samples.png", video)
@@ -672,7 +673,7 @@ def look(cfg, folder):
             "--no-resume trains it again, another --out or --tag keeps it")  # of a run that was moved away while it saved
     if not before or not (states or any((folder / left).exists() for left in ("trajectories", "metrics.json"))):
         return "train"
-    free = ("out", "resume", "device", "micro_batch", "recompute", "context_parallel", "compile", "max_bad_steps", "save_every", "samples", "eval_clips")
+    free = "out resume device micro_batch recompute context_parallel compile max_bad_steps save_every samples eval_clips".split()
     plain = lambda settings: json.loads(json.dumps(asdict(settings)))  # tuples become lists
     known = {**plain(TrainConfig()), **before}  # runs older than a field had its default
     for name, value in plain(cfg).items():
@@ -801,16 +802,6 @@ def score(cfg, folder, minutes):
     write_json(metrics, {**(read_json(metrics) if cfg.eval_clips else {}), "minutes": minutes})
 
 
-def table(out):
-    """The end of the recipe: one row per stage."""
-    from experiments import evaluate
-    rows = [{"stage": path.parent.name[-1], **read_json(path)} for path in sorted(Path(out).glob("stage[0-3]/metrics.json"))]
-    print("\n" + evaluate.table(rows, "stage quality_error last_error drift dynamic_degree displacement jitter caption_agreement "
-                                      "i2v_fidelity motion_smoothness minutes".split()))
-    if any(Path(out).glob("stage[0-3]/samples.gif")):
-        print(f"\nPictures: {out}/stage*/samples.gif (upper half real clips, lower half the stage's, from the same first frames)")
-
-
 def main(argv=None):
     """The command line: one stage, or all four in order and the table."""
     given = parse(argv)
@@ -824,7 +815,8 @@ def main(argv=None):
         for cfg in [settle(given, stage) for stage in (range(1 if "teacher" in given else 0, 4) if every else [given["stage"]])]:
             train(cfg)
         if every and world()[0] == 0:
-            table(cfg.out)
+            from experiments import evaluate
+            evaluate.summary(cfg.out)
 
 
 if __name__ == "__main__":

@@ -272,6 +272,15 @@ def table(rows, columns=COLUMNS):
     return "\n".join(lines + ["| " + " | ".join(cell(row.get(n)) for n in names) + " |" for row in rows])
 
 
+def summary(out):
+    """What the recipe ends with: a row per stage, from its metrics.json, and where the pictures are."""
+    rows = [{"stage": path.parent.name[-1], **read_json(path)} for path in sorted(Path(out).glob("stage[0-3]/metrics.json"))]
+    print("\n" + table(rows, "stage quality_error last_error drift dynamic_degree displacement jitter caption_agreement i2v_fidelity "
+                             "motion_smoothness minutes".split()))
+    if any(Path(out).glob("stage[0-3]/samples.gif")):
+        print(f"\nPictures: {out}/stage*/samples.gif (upper half real clips, lower half the stage's, from the same first frames)")
+
+
 def main(argv=None):
     """Score every folder named on the command line and print a table; a stage's scores also go to its metrics.json, but for those of
     --steps and --no-long."""
