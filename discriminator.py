@@ -29,7 +29,8 @@ class QueryHead(nn.Module):
         """(b, l, dim) -> (b, queries * dim)"""
         tokens = self.norm(tokens)
         k, v = self.k(tokens), self.v(tokens)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.query.to(v.dtype).expand(len(tokens), -1, -1), k, v))
+        q = self.query.expand(len(tokens), -1, -1).to(v.dtype)  # in this order: the gradient of a batch adds up in float32
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))
         return self.o(attention(q, k, v).flatten(2)).flatten(1)
 
 

@@ -1353,6 +1353,9 @@ def test_the_same_folder_by_another_name_is_the_same(tmp_path, monkeypatch, caps
     for name in ("clips", "./clips/", str(tmp_path / "clips")):
         train.main(["--data", name, "--out", "b", "--stage", "0", "--iters", "1", *SMALL])
     assert capsys.readouterr().out.count("is finished and kept") == 2
+    monkeypatch.chdir(tmp_path / "clips")  # and the stage finds it from elsewhere
+    sample.main(["--weights", "../b/stage0", "--from-data", "--out", "a.gif"])
+    assert Path("a.gif").is_file()
 
 
 @pytest.mark.parametrize("error, said, status", [
@@ -1474,12 +1477,22 @@ def test_without_an_image(small_run, tmp_path, capsys):
 
 
 def test_a_checkpoint_of_another_shape_is_explained(small_run, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        train.main(["--out", str(tmp_path), "--stage", "1", "--init", str(small_run / "stage0"), *SMALL, "--dim", "64"])
-    assert "has dim 32, this run 64: use --dim 32" in capsys.readouterr().err
+    for flags, message in ((["--dim", "64"], "has dim 32, this run 64: use --dim 32"),
+                           (["--codec-patch", "8"], "has a codec of 4 pixels a patch, this run 8: use --codec-patch 4")):
+        with pytest.raises(SystemExit):
+            train.main(["--out", str(tmp_path), "--stage", "1", "--init", str(small_run / "stage0"), *SMALL, *flags])
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         train.main(["--out", str(small_run), "--stage", "1", "--iters", "3", *SMALL, "--lr", "0.5"])
     assert "was trained with lr" in capsys.readouterr().err
+
+
+def test_help_says_what_the_toy_has(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "training steps of a stage [stages 0 to 3: 1800, 15, 150, 110]" in said
+    assert "attention heads; dim / num_heads must be even [4]" in said
 
 
 def test_non_finite_gradients_stop_the_run(tmp_path, capsys, monkeypatch):

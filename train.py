@@ -165,15 +165,23 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
+def spaced(value):
+    """The value of a setting as it is written on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def parse(argv):
-    """The command line, generated from TrainConfig, as a dict of what was given. Unknown flags: one sentence, exit 2."""
+    """The command line, generated from TrainConfig, as a dict of what was given; in brackets what the toy has. Unknown flags: one
+    sentence, exit 2."""
     parser = Flags(__doc__)
     source = "".join(map(inspect.getsource, TrainConfig.__mro__[:-1]))
     for field in fields(TrainConfig):
         how = (dict(action=argparse.BooleanOptionalAction) if field.type is bool else
                dict(type=type(field.default[0]), nargs="+") if field.type is tuple else dict(type=field.type))
         text = re.search(rf"^    {field.name}: .*?#\s*(.*)$", source, re.M).group(1)
-        parser.add_argument(flag(field.name), default=None, help=text, **how)
+        values = [spaced(recipe.get(field.name, field.default)) for recipe in RECIPES["toy"].values()]
+        usual = values[0] if len(set(values)) == 1 else f"stages 0 to 3: {', '.join(values)}"
+        parser.add_argument(flag(field.name), default=None, help=f"{text} [{usual}]" if usual else text, **how)
     parser.add_argument("--plan", action="store_true", default=None, help="train nothing, print memory and work of the stages (experiments/plan.py)")
     parser.add_argument("--gpus", type=int, nargs="+", default=None, help="with --plan: devices that share the weights")
     given = vars(parser.parse_args(argv))
@@ -186,7 +194,7 @@ def settle(given, stage):
     require(preset in PRESETS, f"--preset {preset} is unknown: choose from {', '.join(PRESETS)}")
     require(stage in RECIPES[preset], f"--stage {stage} is unknown: choose 0, 1, 2 or 3")
     cfg = TrainConfig(**{**PRESETS[preset], **RECIPES[preset][stage], **given, "stage": stage})
-    cfg.out = cfg.out or f"out/{preset}"
+    cfg.out, cfg.data = cfg.out or f"out/{preset}", cfg.data and str(Path(cfg.data).resolve())  # found again from elsewhere
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else
                                 "mps" if torch.backends.mps.is_available() and "RANK" not in os.environ else "cpu")  # gloo has no mps
     cfg.dtype = cfg.dtype or ("bfloat16" if has_bfloat16(cfg.device) else "float32")
@@ -200,7 +208,7 @@ def check(cfg):
     for least, most, words, names in LIMITS:
         for name in names.split():
             require(least <= getattr(cfg, name) <= most, f"{flag(name)} {getattr(cfg, name)} does not work: it has to be {words}")
-    spaced, layers, pixels = lambda values: " ".join(map(str, values)), sorted(set(cfg.disc_layers)), cfg.codec_patch * cfg.patch
+    layers, pixels = sorted(set(cfg.disc_layers)), cfg.codec_patch * cfg.patch
     require(Path(cfg.tag).name == cfg.tag, f"--tag {cfg.tag} becomes part of a folder's name: use letters, digits and dashes")
     require(not cfg.data or Path(cfg.data).resolve() != Path(cfg.out).resolve(), f"--out {cfg.out} is the folder of the clips: choose another")
     require(cfg.dtype in ("bfloat16", "float32"), f"--dtype {cfg.dtype} is unknown: choose bfloat16 or float32")
@@ -762,6 +770,8 @@ def train(cfg):
         require(path.resolve() != folder.resolve(), f"{folder} cannot start from itself: choose another --tag or --out")
         codec = source(cfg, path)[1]
         require(codec or latents, f"{path} was trained on latents: make some with data.py encode, and name their folder with --data")
+        require(not codec or codec.patch == cfg.codec_patch, f"{path} has a codec of {codec and codec.patch} pixels a patch, this run {cfg.codec_patch}: "
+                f"use --codec-patch {codec and codec.patch}")
         require(not codec or not latents, f"{path} was trained on frames, and {cfg.data} holds latents: leave out --data, or name a folder of videos")
     if (plan := by_first(look, cfg, folder)) == "keep":
         if rank == 0:

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
 from data import Flags, explain, read_json
-from model import UsageError
+from model import require
 
 RECIPE = [("stage0", "--stage 0"), ("stage1", "--stage 1"), ("stage2", "--stage 2"), ("stage3", "--stage 3")]
 CONTROLS = [("stage2-longer", "--stage 2 --tag longer --init {out}/stage2 --iters 195 --stop-motion 0 --critic-warmup 0"),
@@ -102,11 +102,9 @@ def main(argv=None):
         threads = 1 if args.jobs > 1 else os.cpu_count()
         with ThreadPoolExecutor(args.jobs) as pool:
             failed = [seed for seed in pool.map(lambda seed: run_seed(args.out, seed, plan, args.clips, threads, extra), args.seeds) if seed is not None]
-        if failed:
-            raise UsageError(f"seeds {failed} failed: mend what their output.log says, and give the same command again; what is finished is kept")
+        require(not failed, f"seeds {failed} failed: mend what their output.log says, and give the same command again; what is finished is kept")
     scores = collect(args.out, args.seeds, [name for name, _ in RECIPE + CONTROLS + JUDGES])
-    if not scores:
-        raise UsageError(f"nothing finished in {args.out}: run this command without --print")
+    require(scores, f"nothing finished in {args.out}: run this command without --print")
     print(table(scores))
     for a, b in (("stage2", "stage1"), ("stage3", "stage2"), ("stage3", "stage2-longer"), ("stage3", "stage3-no-gan"),
                  ("stage3-no-warmup", "stage3"), ("stage3-gan-alone", "stage2")):

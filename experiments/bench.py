@@ -26,7 +26,7 @@ sys.path.insert(0, str(HERE))
 import train
 from data import Flags, check_device, explain, save_tensors
 from experiments.plan import Rehearsal, plan
-from model import PRESETS, Config, UsageError, build, load_into, open_weights
+from model import PRESETS, Config, UsageError, build, load_into, open_weights, require
 from parallel import Flops, matrix_rate, now, own_rows, processes, shard, world
 from sample import rollout
 
@@ -116,8 +116,7 @@ def measured_step(cfg):
 def bench_step(args, device, rest):
     """A table of training steps: seconds, and the peak against what plan.py said."""
     given = train.parse(rest)
-    if {"plan", "gpus"} & given.keys():
-        raise UsageError("bench.py step measures, and prints the plan beside it: leave out --plan and --gpus")
+    require(not {"plan", "gpus"} & given.keys(), "bench.py step measures, and prints the plan beside it: leave out --plan and --gpus")
     given = {**given, "device": device.type, **({"latent_size": tuple(args.latent_size)} if args.latent_size else {})}
     print("| preset | stage | clips | s a step | peak GB | planned GB | planned / peak |\n|" + "---|" * 7)
     for preset in args.preset:
@@ -196,12 +195,10 @@ def main(argv=None):
     parser.add_argument("--scratch", help="load: folder for the fabricated checkpoint; default: the system's")
     parser.add_argument("--path", help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args(argv)
-    if args.chunks < 2 or min(args.steps) < 1:
-        raise UsageError("--chunks must be at least 2, --steps at least 1")
-    if unknown := [p for p in args.preset if p not in PRESETS]:
-        raise UsageError(f"--preset {unknown[0]} is unknown: choose from {', '.join(PRESETS)}")
-    if rest and args.what != "step":
-        raise UsageError(f"{' '.join(rest)}: unknown; bench.py --help lists every flag")
+    require(args.chunks >= 2 and min(args.steps) >= 1, "--chunks must be at least 2, --steps at least 1")
+    for preset in args.preset:
+        require(preset in PRESETS, f"--preset {preset} is unknown: choose from {', '.join(PRESETS)}")
+    require(not rest or args.what == "step", f"{' '.join(rest)}: unknown; bench.py --help lists every flag")
     if args.what == "load-here":
         return load_here(args.preset[0], args.path)
     check_device(args.device)

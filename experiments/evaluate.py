@@ -19,7 +19,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import COLOURS, Draws, Flags, KINDS, VIDEO_ENDINGS, ToyWorld, WordEncoder, dataset, explain, held_out, read_json, read_video, write_json
-from model import UsageError
+from model import require
 from parallel import has_bfloat16
 from sample import animate, load_stage
 from train import TrainConfig
@@ -219,8 +219,7 @@ def make(net, codec, settings, clips, frames, steps, at_once=64):
 def stage_scores(folder, number=256, steps=None, long=True):
     """Scores of a stage's EMA weights on `number` held-out clips, and drift on a quarter of them, 4 times as long."""
     net, codec, settings = load_stage(folder)
-    if codec is None:
-        raise UsageError(f"{folder} was trained on latents, which have no scores here: look at what sample.py makes of it")
+    require(codec, f"{folder} was trained on latents, which have no scores here: look at what sample.py makes of it")
     clips, frames, chunk = held_out(number), settings["frames"], settings["chunk"]
     video, raws, data = make(net, codec, settings, clips, frames, steps)
     toy = isinstance(data, ToyWorld) and settings["first"] > 0  # without an image nobody can know this clip's background
@@ -246,12 +245,10 @@ def stage_scores(folder, number=256, steps=None, long=True):
 def folder_scores(folder, size=32):
     """Scores of video files named by the number of the held-out toy clip that they continue: 0.mp4, 17.gif, ..."""
     paths = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in VIDEO_ENDINGS and p.stem.isdecimal())
-    if not paths:
-        raise UsageError(f"{folder} holds neither a finished stage nor videos named by clip number (0.mp4, 1.mp4, ...)")
+    require(paths, f"{folder} holds neither a finished stage nor videos named by clip number (0.mp4, 1.mp4, ...)")
     videos = [read_video(p, size) for p in paths]
-    frames = min(len(v) for v in videos)
-    if frames < 3:
-        raise UsageError(f"{paths[min(range(len(videos)), key=lambda i: len(videos[i]))]} has {frames} frames: a clip to score has 3 or more")
+    frames, shortest = min((len(video), path) for video, path in zip(videos, paths))
+    require(frames >= 3, f"{shortest} has {frames} frames: a clip to score has 3 or more")
     world = ToyWorld(size, frames)
     state = world.state([held_out(1)[0] + int(p.stem) for p in paths])
     return {"stage": Path(folder).name, "clips": len(paths), **exact_scores(world, state, torch.stack([v[:frames] for v in videos]).float() / 127.5 - 1)}
@@ -290,12 +287,10 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, help="network passes per chunk; default: as trained")
     parser.add_argument("--no-long", action="store_true", help="leave out the 4 times longer rollout, and with it drift")
     args = parser.parse_args(argv)
-    if args.clips < 1 or (args.steps or 1) < 1:
-        raise UsageError("--clips and --steps must be positive")
+    require(args.clips >= 1 and (args.steps is None or args.steps >= 1), "--clips and --steps must be positive")
     rows = []
     for folder in args.folders:
-        if not Path(folder).is_dir():
-            raise UsageError(f"{folder} is not a folder: name a stage such as out/toy/stage3, or a folder of videos")
+        require(Path(folder).is_dir(), f"{folder} is not a folder: name a stage such as out/toy/stage3, or a folder of videos")
         if (Path(folder) / "config.json").is_file():
             rows.append(stage_scores(folder, args.clips, args.steps, not args.no_long))
             metrics = Path(folder) / "metrics.json"

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import HELD_OUT, Flags, ToyWorld, explain, to_uint8, written_whole
-from model import Config, UsageError, block_causal_mask, chunk_bounds
+from model import Config, UsageError, block_causal_mask, chunk_bounds, require
 
 INK, GREY, RULE, FAINT, WHITE = "#262b33", "#666e79", "#c9ced6", "#eceff3", "#ffffff"
 BLUE, ORANGE, PALE_BLUE, PALE_ORANGE = "#7ba4cf", "#f0a34f", "#dbe7f4", "#fbe0bd"
@@ -283,8 +283,7 @@ def gifs(assets, run):
     """stageN.gif and stageN.png: the samples that training left; all must be there before one is copied."""
     names = [(Path(run) / f"stage{n}" / f"samples.{end}", assets / f"stage{n}.{end}") for n in range(4) for end in ("gif", "png")]
     for source, _ in names:
-        if not source.is_file():
-            raise UsageError(f"{source} does not exist: finish that stage first, or name the folder of another run")
+        require(source.is_file(), f"{source} does not exist: finish that stage first, or name the folder of another run")
     for source, target in names:
         with written_whole(target) as temporary:
             shutil.copyfile(source, temporary)
@@ -307,8 +306,7 @@ def main(argv=None):
     parser.add_argument("run", nargs="?", help="folder of a run, such as out/toy; for curves, gifs and all")
     parser.add_argument("--assets", type=Path, default=Path(__file__).resolve().parents[1] / "assets", help="folder to write to")
     args = parser.parse_args(argv)
-    if args.what not in ("masks", "example", "recipe") and not args.run:
-        raise UsageError(f"{args.what} needs the folder of a run: python experiments/figures.py {args.what} out/toy")
+    require(args.run or args.what in ("masks", "example", "recipe"), f"{args.what} needs the folder of a run: python experiments/figures.py {args.what} out/toy")
     for name in figures if args.what == "all" else [args.what]:
         figures[name](args.assets, args.run)
 

@@ -23,10 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 from data import Flags, explain
-from model import PRESETS, UsageError
+from model import PRESETS, require
 from parallel import Flops, blocks_of, shard
-
-
 
 DEPTHS = 6, 9  # blocks of the two rehearsals of a deeper network
 
@@ -199,15 +197,20 @@ def cache_bytes(cfg, tokens):
     return 2 * cfg.num_layers * frames * tokens // cfg.frames * cfg.dim * each * (cfg.micro_batch or cfg.batch_size) // cfg.context_parallel
 
 
+def micro_batch(cfg, gpus):
+    """(clips of a pass, clips of a step) on one device; UsageError where the batch does not divide."""
+    groups = gpus // cfg.context_parallel
+    require(cfg.batch_size % groups == 0, f"--batch-size {cfg.batch_size} does not divide over {groups} devices or groups of them")
+    share = cfg.batch_size // groups
+    return min(cfg.micro_batch or share, share), share
+
+
 def plan(cfg, gpus):
     """{what: bytes per device}, with `flops` of a step over all devices and `passes` of a device. With --context-parallel the
     activations are those of one device over the number that shares a clip: a lower bound, since text, time and a
     discriminator's heads do not get smaller."""
-    groups = gpus // cfg.context_parallel
-    if cfg.batch_size % groups:
-        raise UsageError(f"--batch-size {cfg.batch_size} does not divide over {groups} devices or groups of them")
-    share = cfg.batch_size // groups
-    cfg = replace(cfg, micro_batch=min(cfg.micro_batch or share, share))
+    micro, share = micro_batch(cfg, gpus)
+    cfg = replace(cfg, micro_batch=micro)
     peak, flops, tokens = rehearse(cfg, gpus)
     passes = -(-share // cfg.micro_batch)
     clip = cfg.frames * cfg.in_dim * math.prod(train.latent_sides(cfg))
@@ -252,22 +255,23 @@ def main(argv=None):
     args, rest = parser.parse_known_args(argv)
     given = train.parse(rest)
     share = given.get("context_parallel", 1)
-    if min(*args.gpus, share) < 1 or any(n % share for n in args.gpus):
-        raise UsageError(f"--gpus {' '.join(map(str, args.gpus))}: at least 1, and a multiple of --context-parallel")
+    require(min(*args.gpus, share) >= 1 and not any(n % share for n in args.gpus),
+            f"--gpus {' '.join(map(str, args.gpus))}: at least 1, and a multiple of --context-parallel")
     chosen = [("wan-1.3b", 1), ("wan-1.3b", 8), ("wan-14b", 8), ("wan-14b", 64)] if args.table else [
         (given.get("preset", "toy"), n) for n in args.gpus]
-    if any(preset not in PRESETS for preset, _ in chosen):
-        raise UsageError(f"--preset {given['preset']} is unknown: choose from {', '.join(PRESETS)}")
-    notes = {}
-    print(table([]))
+    require(all(preset in PRESETS for preset, _ in chosen), f"--preset {chosen[0][0]} is unknown: choose from {', '.join(PRESETS)}")
+    notes, jobs = {}, []
     for preset, gpus in chosen:
         every = (0, 1, 2, 3) if preset == "toy" else (1, 2, 3)
         for stage in every if given.get("stage", -1) < 0 else [given["stage"]]:
             cfg = train.settle({"dtype": "bfloat16", **given, "preset": preset, "device": "cpu"}, stage)  # any device can be planned for
-            cfg = replace(cfg, device=given.get("device", "cuda"))
-            print(row(cfg, gpus), flush=True)
-            if stage == 1:
-                notes[preset] = trajectories(cfg)
+            jobs.append((replace(cfg, device=given.get("device", "cuda")), gpus))
+            micro_batch(*jobs[-1])
+    print(table([]))
+    for cfg, gpus in jobs:
+        print(row(cfg, gpus), flush=True)
+        if cfg.stage == 1:
+            notes[cfg.preset] = trajectories(cfg)
     print("\nGB (1e9 bytes) per device; `gathered` is FSDP's: weights that are whole while their block runs")
     for preset, note in notes.items():
         print(f"{preset}, stage 1, before the first step: {note}")
