@@ -770,8 +770,8 @@ def train(cfg):
         require(path.resolve() != folder.resolve(), f"{folder} cannot start from itself: choose another --tag or --out")
         codec = source(cfg, path)[1]
         require(codec or latents, f"{path} was trained on latents: make some with data.py encode, and name their folder with --data")
-        require(not codec or codec.patch == cfg.codec_patch, f"{path} has a codec of {codec and codec.patch} pixels a patch, this run {cfg.codec_patch}: "
-                f"use --codec-patch {codec and codec.patch}")
+        patch = codec.patch if codec else cfg.codec_patch
+        require(patch == cfg.codec_patch, f"{path} has a codec of {patch} pixels a patch, this run {cfg.codec_patch}: use --codec-patch {patch}")
         require(not codec or not latents, f"{path} was trained on frames, and {cfg.data} holds latents: leave out --data, or name a folder of videos")
     if (plan := by_first(look, cfg, folder)) == "keep":
         if rank == 0:
