@@ -12,6 +12,7 @@ knowing its step, and any number of devices reads the same global batch.
 import argparse
 import contextlib
 import csv
+import io
 import itertools
 import json
 import os
@@ -54,7 +55,7 @@ def explain():
     except (RuntimeError, MemoryError) as error:  # the CPU's allocator has no exception of its own
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
-        said = f"out of memory ({first_line(error)}): lower --micro-batch, or give it --recompute or more devices"
+        said = f"out of memory ({first_line(error)}): train.py takes a lower --micro-batch, --recompute or more devices, the others smaller clips"
     except KeyboardInterrupt:
         said, status = "interrupted", 130
     if said:
@@ -247,19 +248,19 @@ def videos_in(folder):
     return found
 
 
-def captions_in(folder):
-    """{name of a video: caption} of a folder: captions.csv (file,caption), captions.jsonl ({"file": ..., "caption": ...}) and
+def captions_in(folder, videos):
+    """{name of a video: caption} of a folder's videos: captions.csv (file,caption), captions.jsonl ({"file": ..., "caption": ...}) and
     .txt files beside the videos, the later ones winning."""
     folder, found = Path(folder), {}
     for path in (folder / "captions.csv", folder / "captions.jsonl"):
-        lines = read_text(path).splitlines(keepends=True) if path.is_file() else []  # a quoted caption may have several
+        lines = io.StringIO(read_text(path), newline="") if path.is_file() else ()  # a quoted caption may have several
         try:
             rows = csv.DictReader(lines) if path.suffix == ".csv" else [json.loads(line) for line in lines if line.strip()]
             found |= {row["file"]: row["caption"].strip() for row in rows}
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError, csv.Error):
             raise UsageError(f"{path} needs a file and a caption in every row, as columns of a csv or keys of json lines") from None
     beside = lambda p: p.with_name(f"{p.name}.txt") if p.is_dir() else p.with_suffix(".txt")
-    return found | {p.name: read_text(beside(p)).strip() for p in folder.iterdir() if beside(p).is_file()}
+    return found | {p.name: read_text(beside(p)).strip() for p in videos if beside(p).is_file()}
 
 
 class VideoFolder:
@@ -270,7 +271,8 @@ class VideoFolder:
     latent = False
 
     def __init__(self, folder, size, frames, fps=0.0):
-        sources, captions = videos_in(folder), captions_in(folder)
+        sources = videos_in(folder)
+        captions = captions_in(folder, sources)
         self.frames, self.clips, self.texts = frames, [], [captions.get(path.name, "") for path in sources]
         for path in sources:
             self.clips.append(read_video(path, size, fps))
@@ -448,6 +450,7 @@ def save_tensors(path, tensors):
 
 def read_text(path):
     """A text file, with or without the mark that Excel puts before it; UsageError where it is missing or not UTF-8."""
+    require(Path(path).exists(), f"{path} does not exist: check the path")
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -521,8 +524,9 @@ def frames_of(path, size, fps=0.0):
             else:
                 frames = stack.enter_context(iio.get_reader(path))
                 rate = frames.get_meta_data().get("fps") or 1000 / max(1, frames.get_meta_data().get("duration") or 100)
+            thin = 0 < fps < rate
             for i, frame in enumerate(frames):
-                if not 0 < fps < rate or i == int(taken * rate / fps):
+                if not thin or i == int(taken * rate / fps):
                     yield fit_frame(frame, size)
                     taken += 1
     except Exception as error:
@@ -546,20 +550,20 @@ FFMPEG = {".mp4": dict(codec="libx264", quality=8, output_params=["-preset", "ve
 def video_writer(path, fps=8, zoom=1):
     """A function that takes frames (f, 3, H, W) in [-1, 1], part after part, to an mp4 or gif. Written as they come, so that memory stays
     constant; the name appears once all is there. Small frames are enlarged by `zoom` (whole pixels) to be visible."""
-    path, given, there = Path(path), 0, 0
+    path, sent, arrived = Path(path), 0, 0
     with written_whole(path) as temporary:
-        def write(frames):
-            nonlocal given
-            for frame in to_uint8(frames):
-                file.append_data(frame.repeat(zoom, 0).repeat(zoom, 1))
-                given += 1
-
         with contextlib.closing(iio.get_writer(temporary, "mp4", fps=fps, macro_block_size=1, ffmpeg_log_level="error",
                                                **FFMPEG[path.suffix.lower()])) as file:  # "mp4" means by ffmpeg, which writes gifs too
+            def write(frames):
+                nonlocal sent
+                for frame in to_uint8(frames):
+                    file.append_data(frame.repeat(zoom, 0).repeat(zoom, 1))
+                    sent += 1
+
             yield write  # closing waits for ffmpeg, but nobody looks at its exit status
         with contextlib.suppress(RuntimeError):  # nothing that could be counted
-            there = count_frames_and_secs(f"file:{temporary}")[0]  # else it would see a protocol in 12:30.mp4
-        require(there == given, f"cannot write {path}: ffmpeg left {there} of {given} frames; free some space or choose another place")
+            arrived = count_frames_and_secs(f"file:{temporary}")[0]  # else it would see a protocol in 12:30.mp4
+        require(arrived == sent, f"cannot write {path}: ffmpeg left {arrived} of {sent} frames; free some space or choose another place")
 
 
 def to_uint8(frames):

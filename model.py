@@ -148,7 +148,7 @@ def rope_table(positions, h, w, head_dim, device):
     frequencies 10000^(-2j/part)."""
     part = 2 * (head_dim // 6)
     places = [torch.as_tensor(along, dtype=torch.float64) for along in (positions, range(h), range(w))]
-    places = torch.cartesian_prod(*places).view(len(positions), h * w, 1, 3)
+    places = torch.cartesian_prod(*places).view(len(positions), h * w, 1, 3)  # frame, row and column of every token
     angles = torch.cat([places[..., i:i + 1] * 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
                         for i, width in enumerate((head_dim - 2 * part, part, part))], -1)
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
@@ -312,14 +312,15 @@ class DiT(nn.Module):
 
         everything, pos = slice(None), positions or range(f)
         seen = [(everything, everything, pos, pos)] if cache is None else cache.views(f, closing)
-        groups, past = [(everything, everything)] if mask is None else visibility(mask), cache and cache.past
+        groups = [(everything, everything)] if mask is None else visibility(mask)
+        past = cache.past if cache else None
         table = lambda pos: rope_table(tuple(pos), h // p, w // p, self.cfg.dim // self.cfg.num_heads, x.device)
         views = [(queries, keys, table(q_pos), table(k_pos), groups) for queries, keys, q_pos, k_pos in seen]
 
         hidden, present = [], []
         for i, block in enumerate(self.blocks):
             done = closing if i + 1 == len(self.blocks) else 0
-            x, kv = block(x, e6, text, views[1:] if done else views, past[i] if past else None, done)
+            x, kv = block(x, e6, text, views[1:] if done else views, past[i] if past else None, done)  # views[0]: of those that close
             if cache is not None:  # else nothing is remembered, and kept for nothing
                 present.append(kv)
             if taps and i in taps:
@@ -448,9 +449,9 @@ class KVCache:
             keys = keys + list(range(old + start, old + end))
             numbers = self.kept + list(range(self.seen, self.seen + frames))
             pos = range(len(keys)) if self.relative else [numbers[i] for i in keys]
-            whole = keys == list(range(len(keys)))
-            if end > start:
-                parts.append((slice(start, end), slice(0, len(keys)) if whole else keys, pos[start - end:], pos))
+            contiguous = keys == list(range(len(keys)))  # then a slice, which is a view; a list makes a copy
+            if end > start:  # the queries are the last of the keys
+                parts.append((slice(start, end), slice(0, len(keys)) if contiguous else keys, pos[start - end:], pos))
         return parts
 
     def left(self, frames):

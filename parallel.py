@@ -6,7 +6,7 @@
     shard()          activation checkpointing, compilation, FSDP2: one function for every network, also for one process
     spread_tokens()  Ulysses: a clip that is too long for one device is cut between several, by hooks
     Muon             an optimizer for matrices, whole or in rows
-    save_state()     all that a resumed run needs, on any number of processes
+    save_state()     all that a resumed run needs, on any number of processes; locked(): one run a folder; fingerprint() of weights
 """
 import contextlib
 import fcntl
@@ -234,7 +234,8 @@ def context_group(size):
 
 
 class Exchange(torch.autograd.Function):
-    """All-to-all over a group: of parts (p, ...), one for every process, to those that every process has for this one. Its own reverse."""
+    """All-to-all over a group: parts[j] goes to its process j, and comes back as what process j has for this one. Twice undoes it, so
+    it is its own backward pass."""
 
     @staticmethod
     def forward(ctx, parts, group):
@@ -258,7 +259,7 @@ def spread_tokens(module, group):
     the part that went through its own tokens. The mean over processes is the gradient: FSDP's for weights, `meant` for the clip."""
     net, size, rank = getattr(module, "backbone", module), dist.get_world_size(group), dist.get_rank(group)
     exchange = lambda parts, join: torch.cat(Exchange.apply(parts, group).unbind(), join)
-    gather = lambda x, join: exchange(x.expand(size, *x.shape), join)  # everybody gets all of x
+    gather = lambda x, join: exchange(x.expand(size, *x.shape), join)  # x to everybody; backward, expand adds up what comes back
 
     def to_heads(_, args, y):       # (b, f, n / p, dim) -> (b, f, n, dim / p)
         autocast = torch.is_autocast_enabled(y.device.type)
@@ -297,7 +298,7 @@ def spread_tokens(module, group):
             head.register_forward_pre_hook(lambda _, args: gather(args[0], 1))
 
 
-# ---------------------------------------------------------------- saved states: every process writes and reads its own part
+# ---------------------------------------------------------------- a stage's folder: its lock, fingerprint and saved states
 
 @contextlib.contextmanager
 def locked(folder):
@@ -352,7 +353,7 @@ def saved_states(folder):
 
 
 def save_state(run):
-    """Write the state under a temporary name, give it its own, and keep the last two. UsageError where that fails."""
+    """Write the state, every process its own part, under a temporary name, give it its own, and keep the last two. UsageError where that fails."""
     new, done = run.dir / "state" / "new", run.dir / "state" / f"step-{run.step:07d}"
     try:
         dcp.save(state_of(run), checkpoint_id=new)

@@ -99,7 +99,7 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
             return model(x, t, text, cache=cache)
         before, n = context, context[0].shape[1]
         context = None
-        if grad and torch.is_grad_enabled() != cache_grad:  # one carries a gradient, the other not (exit pass without cache_grad, others with it)
+        if grad and torch.is_grad_enabled() != cache_grad:  # two calls, for only one of the two passes is to carry a gradient; else one does both
             with torch.set_grad_enabled(cache_grad):
                 model(*before, text, cache=cache)
                 cache.commit()
@@ -192,7 +192,7 @@ def inputs(args, codec, settings):
         "without an image (--first 0): leave out --image and give it a --prompt"))
     if codec is None:
         require(args.vae and args.text_encoder and (args.image or args.prompt),
-                "this network was trained on latents: name --vae, --text-encoder, and --image or --prompt as well")
+                f"{where} was trained on latents: name --vae, --text-encoder, and --image or --prompt as well")
         codec, words = WanCodec(args.vae, args.device), CaptionEncoder(args.text_encoder, settings["text_len"], args.device)
         size, caption = sides(args.size or "480x832"), args.prompt or ""
         nothing = torch.empty(1, 0, settings["in_dim"], size[0] // 8, size[1] // 8)  # text alone: no chunk is given
@@ -206,6 +206,7 @@ def inputs(args, codec, settings):
     if args.image:
         pixels = read_image(args.image, settings["size"])
     elif args.from_data:
+        require(not settings["data"] or Path(settings["data"]).is_dir(), f"the clips of {where} are gone from {settings['data']}: name an --image")
         clip = dataset(SimpleNamespace(**settings)).batch([held_out(args.seed % 100_000 + 1)[-1]])
         pixels, caption = clip["video"][:, :max(1, given)], clip["text"][0]
     caption = caption if args.prompt is None else args.prompt
@@ -238,13 +239,11 @@ def arguments(argv):
     parser.add_argument("--zoom", type=int, default=0, help="enlarge pixels; default: to about 256 pixels")
     parser.add_argument("--out", default="sample.mp4", help="file to write, .mp4 or .gif")
     args = parser.parse_args(argv)
-    require(args.frames >= 0 and min(args.steps or [1]) >= 1, "--frames and --steps must be positive")
-    require(0 <= args.fps <= 1000 and args.zoom >= 0 and (args.context_level or 0) <= 1,
-            "--fps and --zoom must be positive, --fps at most 1000, --context-level at most 1")
-    require(0 <= args.seed < 2 ** 63, f"--seed {args.seed} is not one of 0 to 2^63 - 1")
-    for name, least in (("chunk", 1), ("sink", 0), ("window", 1)):
+    for name, least, most in (("frames", 0, math.inf), ("fps", 0, 1000), ("zoom", 0, 100), ("context_level", -math.inf, 1), ("seed", 0, 2 ** 63 - 1),
+                              ("chunk", 1, math.inf), ("sink", 0, math.inf), ("window", 1, math.inf)):
         value = getattr(args, name)
-        require(value is None or value >= least, f"--{name} {value} is too small: use {least} or more")
+        require(value is None or least <= value <= most, f"--{name.replace('_', '-')} {value} does not work: use {least} to {most}")
+    require(min(args.steps or [1]) >= 1, f"--steps {min(args.steps or [1])} does not work: use 1 or more")
     require(Path(args.out).suffix.lower() in FFMPEG, f"{args.out}: write to a name that ends in {' or '.join(FFMPEG)}")
     check_device(args.device)
     if args.image:
@@ -257,8 +256,8 @@ def main(argv=None):
     args = arguments(argv)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     net, codec, settings = load_stage(args.weights or newest_stage(), preset=args.preset, device=args.device, dtype=dtype)
-    where, given = settings.get("where"), {name: getattr(args, name) for name in ("chunk", "sink", "window", "context_level")
-                                           if getattr(args, name) is not None}
+    where = settings.get("where")
+    given = {name: getattr(args, name) for name in ("chunk", "sink", "window", "context_level") if getattr(args, name) is not None}
     require(not args.preset or not where, f"{where} says its own shape: leave out --preset")
     require(settings["stage"] or not given and len(args.steps or [0]) == 1, f"{where} is a teacher, which makes a clip at once: leave out "
             "--chunk, --sink, --window and --context-level, give --steps one number, or name a later stage with --weights")
@@ -269,7 +268,8 @@ def main(argv=None):
     first, text = first.to(args.device)[:, :settings["first"]], text.to(args.device)
     noise = torch.Generator().manual_seed(args.seed)
     randn = lambda frames: torch.randn(1, frames, *first.shape[2:], generator=noise).to(args.device)
-    frames, steps = args.frames or 1 + codec.ratio * (settings["frames"] - 1), args.steps[0] if len(args.steps or []) == 1 else args.steps
+    frames = args.frames or 1 + codec.ratio * (settings["frames"] - 1)
+    steps = args.steps[0] if args.steps and len(args.steps) == 1 else args.steps  # the teacher takes a number
     zoom = args.zoom or (1 if codec.ratio > 1 else max(1, 256 // settings["size"]))
 
     latents, decode = 1 + math.ceil((frames - 1) / codec.ratio), codec.decoder()

@@ -641,7 +641,8 @@ def test_folder_of_videos(tmp_path):
     (tmp_path / "a.txt").write_text("it gets lighter\n")
     (tmp_path / "e.1.txt").write_text("a dot in its name")
     (tmp_path / "captions.csv").write_text('file,caption\na.mp4,the .txt wins\nb.webm,"of two\nlines, and a comma"\n')
-    (tmp_path / "captions.jsonl").write_text('{"file": "c.mov", "caption": " of json "}\n\n')
+    (tmp_path / "captions.jsonl").write_text('{"file": "c.mov", "caption": " of json\u2028"}\n\n', "utf-8")
+    (tmp_path / "licence.txt").write_bytes(b"\xa9 nobody's caption, and not UTF-8")
     (tmp_path / "notes.md").write_text("not a video")
     folder = data.VideoFolder(tmp_path, size=16, frames=5)
     assert folder.texts == ["it gets lighter", "of two\nlines, and a comma", "of json", "", "a dot in its name"]
@@ -1220,7 +1221,7 @@ def shell(*command, status=0, cwd=HERE):
     ("--stage 0 --dtype float8", "--dtype float8 is unknown"),
     ("--ema 2", "--ema 2.0 does not work: it has to be between 0 and 1"), ("--guidance nan", "--guidance nan does not work"), ("--tag a/b --stage 0", "--tag a/b becomes part"),
     ("--context-level 3", "--context-level 3.0 does not work"), ("--stage 2 --critic-updates -1", "--critic-updates -1 does not work"),
-    ("--latent-size -60 104", "--latent-size -60 104 is not"), ("--latent-size 0 104", "--latent-size 0 104 is not"),
+    ("--latent-size -60 104", "--latent-size -60 104 does not work"), ("--latent-size 0 104", "--latent-size 0 104 does not work"),
 ])
 def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
@@ -1677,10 +1678,10 @@ def test_an_interrupted_stream_is_kept(small_run, tmp_path, monkeypatch, capsys)
     ("--weights nowhere --from-data", "holds no finished stage"),
     ("--from-data --out x.avi", "mp4 or .gif"),
     ("--image none.png", "none.png is not a file"),
-    ("--from-data --steps 0", "must be positive"),
+    ("--from-data --steps 0", "--steps 0 does not work"),
     ("--from-data --what", "unrecognized arguments"),
-    ("--from-data --zoom -2", "must be positive"),
-    ("--from-data --window 0", "--window 0 is too small"),
+    ("--from-data --zoom -2", "--zoom -2 does not work"), ("--from-data --zoom 1000", "use 0 to 100"),
+    ("--from-data --window 0", "--window 0 does not work"),
     ("--prompt circle", "animates an image"),
     ("--from-data --device tpu", "say cuda, mps or cpu"),
     ("--weights stage1/ema.safetensors --from-data", "name its folder"),

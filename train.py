@@ -149,10 +149,10 @@ RECIPES["wan-14b"] = {s: dict(r, latent_size=(60, 104), disc_layers=(19, 29, 39)
 
 
 LIMITS = (  # least, most, in words, the settings that have to lie between
-    (1, math.inf, "at least 1", "batch_size trajectories ode_steps levels student_steps critic_updates disc_updates context_parallel "
+    (1, math.inf, "at least 1", "batch_size trajectories ode_steps levels student_steps context_parallel "
      "disc_queries r_every max_bad_steps size codec_patch window dim ffn_dim freq_dim num_heads num_layers in_dim patch text_len text_dim"),
     (0, math.inf, "at least 0", "iters micro_batch save_every eval_clips samples fps sink lr critic_lr muon_lr backbone_lr warmup "
-     "critic_warmup guidance dmd dmd_flow gan gan_ratio r_weight r_sigma"),
+     "critic_warmup critic_updates disc_updates guidance dmd dmd_flow gan gan_ratio r_weight r_sigma"),
     (1e-12, math.inf, "above 0", "clip eps shift train_shift score_shift gan_shift stop_distance"),
     (0, 1, "between 0 and 1", "ema text_drop decay gan_t_max stop_motion"), (-math.inf, 1, "at most 1", "context_level"),
     (3, math.inf, "at least 3", "frames"), (0, 90, "between 0 and 90, or its clips would be held-out ones", "seed"))
@@ -222,7 +222,7 @@ def check(cfg):
             f"use --size {max(1, round(cfg.size / pixels)) * pixels}")
     require(len(cfg.latent_size) == 2 and all(side % cfg.patch == 0 for side in cfg.latent_size) and (
         min(cfg.latent_size) > 0 or not any(cfg.latent_size)),
-            f"--latent-size {spaced(cfg.latent_size)} is not a height and a width that divide by {cfg.patch}")
+            f"--latent-size {spaced(cfg.latent_size)} does not work: name a height and a width that divide by {cfg.patch}, or 0 0")
     require(all(len(betas) == 2 and all(0 <= beta < 1 for beta in betas) for betas in (cfg.betas, cfg.critic_betas)),
             "--betas and --critic-betas take two numbers each, from 0 to below 1")
     require(len(cfg.level_weights) == cfg.levels + 1 and min(cfg.level_weights) >= 0 and sum(cfg.level_weights) > 0,
@@ -302,11 +302,10 @@ class Run:
         options = dict(betas=cfg.betas if name == "student" else cfg.critic_betas, weight_decay=0.0, fused=True)
         for prefixes, lr in groups:
             params = {n: p.requires_grad_() for n, p in named.items() if n.startswith(prefixes)}
-            matrices = [p for n, p in params.items() if muon_lr and "blocks." in n and p.ndim == 2]
-            rest = [p for n, p in params.items() if not (muon_lr and "blocks." in n and p.ndim == 2)]
+            matrices = {n: p for n, p in params.items() if muon_lr and "blocks." in n and p.ndim == 2}
             if matrices:
-                optimizers.append(Muon([dict(params=matrices, peak=muon_lr)], muon_lr))
-            optimizers.append(torch.optim.AdamW([dict(params=rest, peak=lr)], lr, **options))
+                optimizers.append(Muon([dict(params=list(matrices.values()), peak=muon_lr)], muon_lr))  # from the peak update() rises and falls
+            optimizers.append(torch.optim.AdamW([dict(params=[p for n, p in params.items() if n not in matrices], peak=lr)], lr, **options))
         for optimizer in optimizers:
             begin_state(optimizer)
         self.nets[name], self.opts[name] = module, optimizers
@@ -677,6 +676,7 @@ def look(cfg, folder):
     if not cfg.resume:
         return "anew"
     before, states = read_json(folder / "config.json") if (folder / "config.json").is_file() else None, saved_states(folder)
+    require(isinstance(before, dict | None), f"{folder / 'config.json'} is damaged: --no-resume trains the stage again")
     require(before or not states, f"{folder} holds a saved state but no config.json, so nobody knows what it was trained with: "
             "--no-resume trains it again, another --out or --tag keeps it")  # of a run that was moved away while it saved
     if not before or not (states or any((folder / left).exists() for left in ("trajectories", "metrics.json"))):
@@ -685,10 +685,10 @@ def look(cfg, folder):
     plain = lambda settings: json.loads(json.dumps(asdict(settings)))  # tuples become lists
     known = {**plain(TrainConfig()), **before}  # runs older than a field had its default
     for name, value in plain(cfg).items():
-        paths = name in ("data", "init", "teacher") and value and known[name]
-        require(name in free or known[name] == value or paths and Path(known[name]).resolve() == Path(value).resolve(),
-                f"{folder} was trained with {name} {known[name]!r}, now it is {value!r}: choose another --out or --tag to keep it, "
-                "or --no-resume to train it again")
+        same = known[name] == value or (
+            name in ("data", "init", "teacher") and known[name] and value and Path(known[name]).resolve() == Path(value).resolve())
+        require(name in free or same, f"{folder} was trained with {name} {known[name]!r}, now it is {value!r}: "
+                "choose another --out or --tag to keep it, or --no-resume to train it again")
     origin = origins(cfg)
     require(known.get("origin", origin) == origin, f"{folder} was started from other weights than those that are now in "
             f"{' and '.join(map(str, start_from(cfg)))}: --no-resume trains it again, another --out or --tag keeps it")
@@ -718,7 +718,8 @@ def loop(run):
     reason = stop()
     run.began -= 60 * (past[-1].get("minutes", 0.0) if past else 0.0)  # as if it had never been interrupted
     bar = tqdm(total=cfg.iters, initial=run.step, desc=run.dir.name, disable=not run.writes, mininterval=1.0)
-    say, share = bar.write if run.writes else lambda text: None, cfg.batch_size // run.world
+    say = bar.write if run.writes else lambda text: None
+    share = cfg.batch_size // run.world
     passes, resumed, began = -(-share // (cfg.micro_batch or share)), run.step, now(run.device)
     if run.writes:
         print(f"stage {cfg.stage}: a step is {cfg.batch_size} clips = {run.parts} x {share} clips, in {passes} passes")
@@ -815,7 +816,7 @@ def score(cfg, folder, minutes):
 def main(argv=None):
     """The command line: one stage, or all four in order and the table."""
     given = parse(argv)
-    with explain(), processes(given.get("device")):
+    with explain(), contextlib.nullcontext() if "plan" in given else processes(given.get("device")):
         if "plan" in given:
             from experiments import plan  # which itself reads this file
             return plan.main(argv)

@@ -68,14 +68,14 @@ class WanCodec:
 
     def decoder(self):
         """decode() for a stream, part by part: a callable that goes on where its last call ended, at constant memory."""
-        vae, first = self.vae, [True]
+        vae, first = self.vae, itertools.chain([True], itertools.repeat(False))
         vae.clear_cache()
         memory = list(vae._feat_map)  # one of its own, so that two streams do not meet
 
         @torch.autocast(self.mean.device.type, enabled=False)  # the VAE is published in float32
         def decode(latents):
             z = vae.post_quant_conv(latents.float().transpose(1, 2).to(self.mean.device) * self.std + self.mean)
-            frames = [vae.decoder(frame, feat_cache=memory, feat_idx=[0], first_chunk=bool(first) and first.pop())
+            frames = [vae.decoder(frame, feat_cache=memory, feat_idx=[0], first_chunk=next(first))
                       for frame in z.split(1, 2)]  # as AutoencoderKLWan does inside, but for the end of the stream
             return torch.cat(frames, 2).clamp(-1, 1).transpose(1, 2)
 
@@ -114,7 +114,7 @@ def encode_video(path, caption, codec, words, out, size, args):
 def encode_videos(sources, words, args):
     """All videos; those that cannot be used are listed and leave nothing."""
     size, out, bad = sides(args.size), Path(args.out), []
-    codec, captions, shape = WanCodec(args.vae, args.device), captions_in(args.videos), f"{args.size} {args.frames} frames {args.fps:g} fps"
+    codec, captions, shape = WanCodec(args.vae, args.device), captions_in(args.videos, sources), f"{args.size} {args.frames} frames {args.fps:g} fps"
     for path in tqdm(sources, unit="video"):
         done = out / "done" / path.name
         if done.is_file():
@@ -161,14 +161,14 @@ def to_encode(args):
 def main(argv=None):
     """`python data.py encode`"""
     parser = Flags(__doc__, prog="data.py encode")
-    parser.add_argument("--videos", help=f"folder of {', '.join(VIDEO_ENDINGS)}; captions as .txt, captions.csv or .jsonl")
+    parser.add_argument("--videos", help=f"folder of {', '.join(VIDEO_ENDINGS)} or of folders of images; captions as .txt, captions.csv or .jsonl")
     parser.add_argument("--out", required=True, help="folder for the latents")
     parser.add_argument("--prompts", help="instead of videos: a text file with a caption a line, enough for stages 1 and 2")
     parser.add_argument("--vae", help="folder of Wan's VAE, as diffusers saves it")
     parser.add_argument("--text-encoder", required=True, help="folder of Wan's UMT5 encoder and tokenizer, as transformers saves them")
     parser.add_argument("--size", default="480x832", help="height x width in pixels")
     parser.add_argument("--frames", type=int, default=81, help="frames of a clip, 4 k + 1")
-    parser.add_argument("--fps", type=float, default=16, help="thin frames out to this rate; 0: every frame")
+    parser.add_argument("--fps", type=float, default=16, help="thin frames out to this rate; 0: every frame (of folders of images always)")
     parser.add_argument("--negative", help="what guidance keeps away from; default: the empty caption")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
     args = parser.parse_args(argv)
