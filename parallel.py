@@ -13,6 +13,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import logging
 import os
 import shutil
 import sys
@@ -34,6 +35,7 @@ from torch.utils.flop_counter import flop_registry
 
 from model import UsageError, require
 
+logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)  # load_state() says in a sentence what it says in tracebacks
 warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # keys and values leave a block as views, and nothing changes them in place
 
 
