@@ -1,6 +1,6 @@
 """How fast, and with how much memory: streaming, a training step against its plan, loading a checkpoint. The same on CPU and GPU.
 
-    python experiments/bench.py stream --preset wan-1.3b wan-14b            480 x 832, chunk by chunk, 1 and 4 passes a chunk
+    python experiments/bench.py stream --preset wan-1.3b wan-14b --rounds 3     480 x 832, chunk by chunk, 1 and 4 passes a chunk
     python experiments/bench.py step --preset wan-1.3b --recompute --micro-batch 1 --batch-size 1
     python experiments/bench.py load --preset wan-1.3b --processes 1 2      host memory while a fabricated checkpoint is read
 
@@ -42,14 +42,12 @@ def header(device):
 # ---------------------------------------------------------------- streaming
 
 @torch.no_grad()
-def stream(cfg, device, dtype, size, steps, reuse, chunks):
+def stream(net, size, steps, reuse, chunks):
     """(seconds to the first chunk, frames a second after it, FLOP/s of the last chunk) of the network alone.
 
     Frames are those of the video: a latent frame of Wan's is four. The rate is the median of the second half of the
     chunks, when the window is full. With `reuse`, a finished chunk enters the cache as the last pass left it, which saves its context pass."""
-    net = unset(cfg).to(dtype).to_empty(device=device)
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.02)
+    cfg, device, dtype = net.cfg, net.head.modulation.device, net.head.modulation.dtype
     generator = torch.Generator(device).manual_seed(0)
     randn = lambda f: torch.randn(1, f, cfg.in_dim, *size, generator=generator, device=device, dtype=dtype)
     text, work, times = torch.randn(1, cfg.text_len, cfg.text_dim, generator=generator, device=device, dtype=dtype), Flops(), []
@@ -74,18 +72,26 @@ def unset(cfg):
 
 
 def bench_stream(args, device):
-    """The table of streaming speeds."""
+    """The table of streaming speeds: medians of rounds in which the streams take turns, so that a busy moment of the machine hits all."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    peak = matrix_rate(device, dtype)
+    peak, kinds, ratios = matrix_rate(device, dtype), [(steps, reuse) for steps in args.steps for reuse in (False, True)], []
     print("| preset | latent | passes | context pass | s to first chunk | frames/s | of matrix rate | paper, one H100 with VAE |\n|" + "---|" * 8)
     for preset in args.preset:
-        cfg = Config(**PRESETS[preset])
+        net = unset(Config(**PRESETS[preset])).to(dtype).to_empty(device=device)
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.02)
         size = tuple(args.latent_size) if args.latent_size else (60, 104) if preset != "toy" else (8, 8)
-        for steps in args.steps:
-            for reuse in (False, True):
-                first, rate, flops = stream(cfg, device, dtype, size, steps, reuse, args.chunks)
-                print(f"| {preset} | {size[0]} x {size[1]} | {steps} | {'reused' if reuse else 'yes'} | {first:.3f} | {rate:.2f} | "
-                      f"{flops / peak:.0%} | {PAPER.get((preset, steps), '')} |", flush=True)
+        rounds = [[stream(net, size, *kind, args.chunks) for kind in kinds] for _ in range(args.rounds)]
+        for (steps, reuse), streams in zip(kinds, zip(*rounds)):
+            first, rate, flops = map(statistics.median, zip(*streams))
+            print(f"| {preset} | {size[0]} x {size[1]} | {steps} | {'reused' if reuse else 'yes'} | {first:.3f} | {rate:.2f} | "
+                  f"{flops / peak:.0%} | {PAPER.get((preset, steps), '')} |", flush=True)
+        few, many = (kinds.index((steps, False)) for steps in (min(args.steps), max(args.steps)))
+        ratio = [streams[few][1] / streams[many][1] for streams in rounds]
+        ratios.append(f"{preset}, with the context pass: {min(args.steps)} against {max(args.steps)} passes {statistics.median(ratio):.2f} times "
+                      f"the frames a second (median of {len(ratio)} rounds, {min(ratio):.2f} to {max(ratio):.2f})")
+        del net
+    print("\n" + "\n".join(ratios))
 
 
 # ---------------------------------------------------------------- a training step
@@ -189,13 +195,14 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4], help="stream: passes per chunk")
     parser.add_argument("--chunks", type=int, default=12, help="stream: chunks per measurement")
+    parser.add_argument("--rounds", type=int, default=9, help="stream: measurements of each, of which the medians are printed")
     parser.add_argument("--latent-size", type=int, nargs=2, help="stream and step: height and width of a latent frame; default: 60 104")
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3], help="step: stages to measure; further flags are train.py's")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="load: numbers of processes")
     parser.add_argument("--scratch", help="load: folder for the fabricated checkpoint; default: the system's")
     parser.add_argument("--path", help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args(argv)
-    require(args.chunks >= 2 and min(args.steps) >= 1, "--chunks must be at least 2, --steps at least 1")
+    require(args.chunks >= 2 and min(args.steps) >= 1 and args.rounds >= 1, "--chunks must be at least 2, --steps and --rounds at least 1")
     for preset in args.preset:
         require(preset in PRESETS, f"--preset {preset} is unknown: choose from {', '.join(PRESETS)}")
     require(not rest or args.what == "step", f"{' '.join(rest)}: unknown; bench.py --help lists every flag")
