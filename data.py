@@ -541,6 +541,7 @@ def read_video(path, size, fps=0.0):
     return torch.cat([torch.stack(block) for block in iter(lambda: list(itertools.islice(frames, 64)), [])])
 
 
+# ending of a name -> how ffmpeg is to write it
 FFMPEG = {".mp4": dict(codec="libx264", quality=8, output_params=["-preset", "veryfast"]),  # it has to keep up with the stream
           ".gif": dict(codec="gif", pixelformat="pal8", output_params=[  # every frame has a palette of its own
               "-filter_complex", "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none", "-loop", "0"])}

@@ -210,7 +210,7 @@ def check(cfg):
             require(least <= getattr(cfg, name) <= most, f"{flag(name)} {getattr(cfg, name)} does not work: it has to be {words}")
     layers, pixels = sorted(set(cfg.disc_layers)), cfg.codec_patch * cfg.patch
     require(Path(cfg.tag).name == cfg.tag, f"--tag {cfg.tag} becomes part of a folder's name: use letters, digits and dashes")
-    require(not cfg.data or Path(cfg.data).resolve() != Path(cfg.out).resolve(), f"--out {cfg.out} is the folder of the clips: choose another")
+    require(cfg.data != str(Path(cfg.out).resolve()), f"--out {cfg.out} is the folder of the clips: choose another")
     require(cfg.dtype in ("bfloat16", "float32"), f"--dtype {cfg.dtype} is unknown: choose bfloat16 or float32")
     require(cfg.gan_loss in L.GAN_LOSSES, f"--gan-loss {cfg.gan_loss} is unknown: choose from {', '.join(L.GAN_LOSSES)}")
     require(cfg.dim % (2 * cfg.num_heads) == 0, f"--dim {cfg.dim} does not divide into --num-heads {cfg.num_heads} of even width")

@@ -111,9 +111,9 @@ def encode_video(path, caption, codec, words, out, size, args):
     require(n, f"{path} is shorter than a clip of {args.frames} frames")
 
 
-def encode_videos(sources, words, args):
+def encode_videos(sources, size, words, args):
     """All videos; those that cannot be used are listed and leave nothing."""
-    size, out, bad = sides(args.size), Path(args.out), []
+    out, bad = Path(args.out), []
     codec, captions, shape = WanCodec(args.vae, args.device), captions_in(args.videos, sources), f"{args.size} {args.frames} frames {args.fps:g} fps"
     for path in tqdm(sources, unit="video"):
         done = out / "done" / path.name
@@ -147,7 +147,6 @@ def to_encode(args):
     require(args.fps >= 0, f"--fps {args.fps} does not work: it has to be at least 0")
     require(bool(args.prompts) != bool(args.videos) and (args.vae or not args.videos), "name either --videos with --vae, or --prompts")
     check_device(args.device)
-    sides(args.size)
     if args.videos:
         return videos_in(args.videos), []
     lines, there = [line for line in read_text(args.prompts).splitlines() if line.strip()], len(clips_in(args.out))
@@ -172,11 +171,11 @@ def main(argv=None):
     parser.add_argument("--negative", help="what guidance keeps away from; default: the empty caption")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
     args = parser.parse_args(argv)
-    sources, lines = to_encode(args)
+    size, (sources, lines) = sides(args.size), to_encode(args)
     words, negative = CaptionEncoder(args.text_encoder, device=args.device), Path(args.out) / "negative" / "text.safetensors"
     if args.negative is not None or not negative.is_file():
         save_tensors(negative, {"text": words.encode(args.negative or "")})
     if lines:
         encode_prompts(lines, words, args.out)
     else:
-        encode_videos(sources, words, args)
+        encode_videos(sources, size, words, args)
