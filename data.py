@@ -25,6 +25,7 @@ from pathlib import Path
 import imageio.v2 as iio
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from imageio.v3 import improps, imread
 from imageio_ffmpeg import count_frames_and_secs
@@ -38,6 +39,7 @@ from model import UsageError, first_line, require
 VIDEO_ENDINGS = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 HELD_OUT = 1_000_000_000  # clip numbers from here on are not trained on
+HELD_OUT_SETS = {"search": 0, "report": 500_000}  # where the two sets begin
 
 
 # ---------------------------------------------------------------- one sentence for what a user can mend
@@ -138,7 +140,7 @@ class Draws:
     def rand(self, *shape):
         return self._each(lambda g: torch.rand(shape, generator=g))
 
-    def spread(self):
+    def stratified_uniform(self):
         """(b, 1) numbers from 0 to 1, uniform for every clip, but those of clips that follow one another lie far apart: multiples of the golden
         ratio from a common random start. A batch then has all levels of noise in it, and the mean of its gradients less noise."""
         golden = torch.tensor([[int(i) * 0.6180339887498949 % 1] for i in self.clips], dtype=torch.float64)
@@ -160,18 +162,24 @@ DIRECTIONS = {"right": (1, 0), "down-right": (1, 1), "down": (0, 1), "down-left"
 
 
 class ToyWorld:
-    """One shape that glides over a still, softly rippled background and bounces off the walls.
+    """One shape that glides over a still, softly rippled background, bounces off the walls, and turns when it pleases.
 
-    Infinite and seeded: clip i is a pure function of i. The caption tells colour, kind and first direction; the speed
-    is told by nobody, so a clip has many futures. A `state` holds all there is to know, a dict of tensors:
-    kind, colour, direction (b,); start, velocity (b, 2) in pixels and pixels a frame; ground (b, 2, 3) two colours,
-    ripple (b, 3) angle, phase, wavelength. Raises UsageError for frames too small for the shape."""
+    Infinite and seeded: clip i is a pure function of i. The caption names colour, kind and first direction. Neither the speed
+    nor the turns are in the image or the caption, so that one image has many futures: frames 0 to 3 go straight; from frame 4
+    on the shape turns by 90 degrees, to either side alike, with probability `turns` a frame. A turn at frame n turns the step
+    from n - 1 to n and all that follow. turns=0: it never turns.
+
+    A `state` holds all there is to know, a dict of tensors: clip (b,) its number; kind, colour, direction (b,); start,
+    velocity (b, 2) in pixels and pixels a frame, of the first step; ground (b, 2, 3) two colours, ripple (b, 3) angle, phase,
+    wavelength. Raises UsageError for frames too small for the shape."""
     latent = False
+    straight = 4  # frames before the first turn can come: they show the direction
 
-    def __init__(self, size=32, frames=16):
+    def __init__(self, size=32, frames=16, turns=0.0):
         require(size >= 24, f"the toy world needs frames of at least 24 pixels, not {size}: use --size 32")
-        self.size, self.frames = size, frames
+        self.size, self.frames, self.turns = size, frames, turns
         self.radius, self.speeds = size * 7.5 / 32, (size * 1.3 / 32, size * 1.9 / 32)
+        self.span = size - 2 * self.radius  # how far the centre can go along one axis
         unit = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32)
         self.directions = unit / unit.norm(dim=1, keepdim=True)
         self.colours = torch.tensor(list(COLOURS.values())) * 2 - 1
@@ -189,16 +197,46 @@ class ToyWorld:
             start = g.uniform(np.maximum(low, low - 3 * velocity), np.minimum(high, high - 3 * velocity))
             ripple = (*g.uniform(0, 2 * np.pi, 2), g.uniform(1, 2) * self.size)
             base, swing = g.uniform(.1, .4, 3), g.uniform(-.1, .1, 3)
-            rows.append((kind, colour, direction, start, velocity, np.stack([base + swing, base - swing]) * 2 - 1, ripple))
-        names = ("kind", "colour", "direction", "start", "velocity", "ground", "ripple")
+            rows.append((int(i), kind, colour, direction, start, velocity, np.stack([base + swing, base - swing]) * 2 - 1, ripple))
+        names = ("clip", "kind", "colour", "direction", "start", "velocity", "ground", "ripple")
         state = {name: torch.as_tensor(np.array([row[j] for row in rows])) for j, name in enumerate(names)}
         return {name: x if x.dtype == torch.int64 else x.float() for name, x in state.items()}
 
+    def walk(self, start, velocity, u):
+        """Where the shape goes from `start` (..., 2): (..., f, 2) as x, y in pixels, with elastic walls.
+
+        velocity (..., 2) of the first step; u (..., f) uniform in [0, 1): below turns / 2 the shape turns one way at that frame, below
+        `turns` the other. The path is walked as if there were no walls, and folded back between them."""
+        turn = (u < self.turns).long() - 2 * (u < self.turns / 2)                   # 0, 1 or -1 quarters
+        turn[..., :self.straight] = 0
+        angle = turn.cumsum(-1) * (np.pi / 2)
+        (vx, vy), cos, sin = velocity[..., None, :].unbind(-1), angle.cos(), angle.sin()
+        step = torch.stack([vx * cos - vy * sin, vx * sin + vy * cos], -1)          # (..., f, 2)
+        step[..., 0, :] = 0
+        free = (start[..., None, :] - self.radius + step.cumsum(-2)) % (2 * self.span)
+        return self.radius + self.span - (free - self.span).abs()
+
     def centres(self, state, frames=None):
-        """Where the shape is: (b, f, 2) as x, y in pixels, with elastic walls."""
-        n, span = torch.arange(frames or self.frames)[:, None], self.size - 2 * self.radius
-        free = (state["start"][:, None] - self.radius + state["velocity"][:, None] * n) % (2 * span)
-        return self.radius + span - (free - span).abs()
+        """Where the shape is: (b, f, 2) as x, y in pixels. The first frames of a longer path are those of a shorter one."""
+        frames = frames or self.frames
+        u = np.stack([np.random.default_rng((int(i), 1)).random(frames) for i in state["clip"]])
+        return self.walk(state["start"], state["velocity"], torch.from_numpy(u))
+
+    def futures(self, indices, number, frames=None):
+        """`number` continuations of each clip's image and caption, drawn from the world's own law: (clips, number, f, 2), the
+        shape's positions in pixels. Turns are drawn anew, and the speed from its distribution given where the shape stands
+        and goes (a fast shape cannot have started close before a wall)."""
+        state, draws, frames = self.state(indices), [], frames or self.frames
+        speeds = torch.linspace(*self.speeds, 1001)
+        for clip, start, direction in zip(state["clip"], state["start"], self.directions[state["direction"]]):
+            g = np.random.default_rng((int(clip), 2))
+            reach = 3 * speeds[:, None] * direction                                 # the first three steps
+            fits = ((start + reach - self.size / 2).abs() <= self.span / 2 + 1e-4).all(1)
+            weight = (fits / (self.span - reach.abs()).prod(1)).double().numpy()    # start was uniform over what fits
+            speed = torch.from_numpy(g.choice(speeds.numpy(), number, p=weight / weight.sum()))
+            u = torch.from_numpy(g.random((number, frames)))
+            draws.append(self.walk(start.expand(number, 2), speed[:, None] * direction, u))
+        return torch.stack(draws)
 
     def coverage(self, kind, centres):
         """Anti-aliased silhouettes (n, H, W) in [0, 1] of shapes of `kind` (n,) at `centres` (n, 2)."""
@@ -353,13 +391,15 @@ def dataset(cfg):
     """The data that a Config asks for: the toy world, or the folder of videos or latents named by --data."""
     if cfg.data and clips_in(cfg.data):
         return LatentFolder(cfg.data, cfg.frames)
-    return VideoFolder(cfg.data, cfg.size, cfg.frames, cfg.fps) if cfg.data else ToyWorld(cfg.size, cfg.frames)
+    return VideoFolder(cfg.data, cfg.size, cfg.frames, cfg.fps) if cfg.data else ToyWorld(cfg.size, cfg.frames, cfg.turns)
 
 
-def held_out(number):
-    """The first `number` clips that are kept for scores. Of the toy world training never sees them; of a folder they are cut from the same
+def held_out(number, which="search"):
+    """The first `number` clips of one of the two sets that are kept for scores: "search" to choose settings by, "report" for
+    tables, which no choice has seen. Of the toy world training never sees either; of a folder they are cut from the same
     videos, so that some are trained on."""
-    return range(HELD_OUT, HELD_OUT + number)
+    start = HELD_OUT + HELD_OUT_SETS[which]
+    return range(start, start + number)
 
 
 # ---------------------------------------------------------------- text and latents at toy scale
@@ -387,15 +427,20 @@ class WordEncoder:
 
 
 class PatchCodec:
-    """Latents at toy scale: the leading principal components of square patches, in closed form, fitted in a second.
+    """Latents at toy scale: the leading principal components of square patches, fitted in closed form in a second.
 
-    encode (b, f, 3, H, W) in [-1, 1] -> (b, f, c, H/patch, W/patch), unit variance over all; decode is its inverse but for
-    the dropped components. The interface of a video VAE. Components are divided by the SQUARE ROOT of their spread: undivided,
-    the coarse ones outshine the noise and motion is hardly ever in doubt; made equal, fine detail takes half of the loss."""
-    ratio = 1  # frames to a latent frame
+    encode (b, f, 3, H, W) in [-1, 1] -> (b, f, c, H/patch, W/patch), unit variance over all. Components are divided by the
+    SQUARE ROOT of their spread: undivided, the coarse ones outshine the noise and motion is hardly ever in doubt; made equal,
+    fine detail takes half of the loss.
 
-    def __init__(self, patch, mean, basis, scale):
-        self.patch, self.mean, self.basis, self.scale = patch, mean, basis, scale
+    decode draws every patch from the 3 x 3 latents around it, by ridge regression: what one patch has dropped, its neighbours
+    tell in part, and patches meet without seams. The ridge is the variance of the errors that latents are expected to have,
+    for a generated latent is never exact. The interface is that of a video VAE."""
+    ratio = 1     # frames to a latent frame
+    ridge = 0.01  # variance of a latent's error
+
+    def __init__(self, patch, mean, basis, scale, drawing):
+        self.patch, self.mean, self.basis, self.scale, self.drawing = patch, mean, basis, scale, drawing
 
     @classmethod
     def fit(cls, video, patch, channels):
@@ -406,7 +451,28 @@ class PatchCodec:
         basis, power, _ = torch.linalg.svd((x - mean).T @ (x - mean) / len(x))
         power = power[:channels].clamp_min(1e-8)
         scale = power ** 0.25 * power.sqrt().mean().sqrt()  # latent variances power ** 0.5, of mean 1
-        return cls(patch, mean.float(), basis[:, :channels].float().contiguous(), scale.float())
+        codec = cls(patch, mean.float(), basis[:, :channels].float().contiguous(), scale.float(), None)
+        codec.drawing = codec.fit_drawing(video)
+        return codec
+
+    def fit_drawing(self, video):
+        """The ridge regression from 3 x 3 latents to the patch in their middle, as a kernel (3 * patch^2, c, 3, 3)."""
+        number = self.basis.shape[1] * 9
+        gram, target = torch.zeros(number, number, dtype=torch.float64), torch.zeros(number, len(self.basis), dtype=torch.float64)
+        for clips in video.split(32):
+            patches = rearrange(clips, "b f c (h p) (w q) -> (b f h w) (c p q)", p=self.patch, q=self.patch)
+            around = F.unfold(self.surround(self.encode(clips)), 3)                         # (b f, c 9, h w)
+            around, patches = rearrange(around, "n k l -> (n l) k").double(), (patches - self.mean).double()
+            gram += around.T @ around
+            target += around.T @ patches
+        rows = video[:, :, 0].numel() // self.patch ** 2
+        kernel = torch.linalg.solve(gram + rows * self.ridge * torch.eye(number, dtype=torch.float64), target)
+        return kernel.T.float().unflatten(1, (-1, 3, 3)).contiguous()
+
+    @staticmethod
+    def surround(latents):
+        """Frames one by one, with their outermost latents repeated around them: (b f, c, h + 2, w + 2)."""
+        return F.pad(latents.float().flatten(0, 1), (1, 1, 1, 1), "replicate")
 
     def encode(self, video):
         height, width = video.shape[-2:]
@@ -416,16 +482,16 @@ class PatchCodec:
         return rearrange((x - mean) @ basis / scale, "b f h w c -> b f c h w")
 
     def decode(self, latents):
-        mean, basis, scale = (y.to(latents.device) for y in (self.mean, self.basis, self.scale))
-        x = (rearrange(latents.float(), "b f c h w -> b f h w c") * scale) @ basis.T + mean
-        return rearrange(x, "b f h w (c p q) -> b f c (h p) (w q)", p=self.patch, q=self.patch)
+        mean, drawing = self.mean.to(latents.device), self.drawing.to(latents.device)
+        patches = F.conv2d(self.surround(latents), drawing, mean)
+        return rearrange(patches, "(b f) (c p q) h w -> b f c (h p) (w q)", b=len(latents), p=self.patch, q=self.patch)
 
     def decoder(self):
         """decode() for a stream, part by part."""
         return self.decode
 
     def save(self, path):
-        save_tensors(path, {"mean": self.mean, "basis": self.basis, "scale": self.scale, "patch": torch.tensor(self.patch)})
+        save_tensors(path, {"mean": self.mean, "basis": self.basis, "scale": self.scale, "drawing": self.drawing, "patch": torch.tensor(self.patch)})
 
     @classmethod
     def load(cls, path):
@@ -433,9 +499,9 @@ class PatchCodec:
         if not Path(path).is_file():
             return None
         tensors = read_tensors(path)
-        require(tensors.keys() == {"patch", "mean", "basis", "scale"},
-                f"{path} holds no codec: train the stage again, or copy the file from another stage of the run")
-        return cls(int(tensors["patch"]), tensors["mean"], tensors["basis"], tensors["scale"])
+        require(tensors.keys() == {"patch", "mean", "basis", "scale", "drawing"},
+                f"{path} holds no codec of this version: train the stage again, or copy the file from another stage of the run")
+        return cls(int(tensors["patch"]), *(tensors[name] for name in ("mean", "basis", "scale", "drawing")))
 
 
 # ---------------------------------------------------------------- media files
@@ -593,6 +659,7 @@ def main(argv=None):
     parser.add_argument("--size", type=int, default=32, help="side of a frame in pixels")
     parser.add_argument("--frames", type=int, default=10, help="frames of a clip")
     parser.add_argument("--fps", type=float, default=0.0, help="thin frames out to this rate; 0: every frame")
+    parser.add_argument("--turns", type=float, default=0.2, help="probability a frame that the toy's shape turns")
     parser.add_argument("--clips", type=int, default=8, help="rows of the sheet")
     args = parser.parse_args(argv)
     require(min(args.clips, args.frames, args.size) >= 1 and args.fps >= 0 and Path(args.preview).suffix.lower() in IMAGE_ENDINGS,

@@ -35,7 +35,8 @@ class QueryHead(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Logits of noised clips: (b,) video-wise, (b, f) frame-wise.
+    """Logits of noised clips: (b,) video-wise; (b, f - first) frame-wise, where the given image, which is the same in real and
+    generated clips, is not asked about.
 
     backbone   a DiT; its flow head is not used (One-Forcing shares it with the fake score); None: heads alone, of `cfg`
     layers     indices of the blocks that are asked (Wan 14B: 19, 29, 39 of 40)
@@ -62,4 +63,4 @@ class Discriminator(nn.Module):
         # float32: a paired loss fixes only differences, the logits wander off together, and in bfloat16 the next after 3 is 3.016
         with torch.autocast(answers.device.type, enabled=False):
             logits = self.out(self.norm(answers.float())).squeeze(-1)
-        return rearrange(logits, "(b f) -> b f", f=f) if self.framewise else logits
+        return rearrange(logits, "(b f) -> b f", f=f)[:, cfg.first:] if self.framewise else logits

@@ -59,7 +59,7 @@ def flow_matching_loss(velocity, x0, eps, t):
 
 
 def fake_score_loss(velocity, x_student, eps, t):
-    """Flow matching on the student's own clips, without a gradient to the student (paper eq. 6; DMD2, 2405.14867)."""
+    """Flow matching on the student's own clips, without a gradient to the student (paper eq. 5; DMD2, 2405.14867)."""
     return flow_matching_loss(velocity, x_student.detach(), eps, t)
 
 
@@ -72,10 +72,16 @@ def ode_regression_loss(velocity, x_t, x_end, t):
     return frame_mean((x0_from_flow(x_t, velocity(x_t, t), t) - x_end).square(), t)
 
 
+def anchor_loss(x, x_end):
+    """mean || x - x_end ||^2: the clip that the student writes from a trajectory's noise, against the trajectory's clean end (DMD,
+    2311.18828, eq. 9, there with a perceptual distance). A regression is charged for every future that is missing."""
+    return F.mse_loss(x.float(), x_end)
+
+
 # ---------------------------------------------------------------- stage II
 
 def dmd_gradient(x, x0_real, x0_fake):
-    """(x0_fake - x0_real) / mean|x - x0_real|, the mean over a clip (paper eq. 5; DMD, 2311.18828, eq. 7-8).
+    """(x0_fake - x0_real) / mean|x - x0_real|, the mean over a clip (paper eq. 6; DMD, 2311.18828, eq. 7-8).
 
     x: the student's clip; x0_real, x0_fake: what the real (guided) and the fake score make of it once it is noised.
     Undefined 0/0 (student = teacher) gives 0."""
@@ -84,7 +90,7 @@ def dmd_gradient(x, x0_real, x0_fake):
 
 
 def dmd_loss(x, grad, mask=None):
-    """0.5 mean|| x - stopgrad(x - grad) ||^2, whose gradient is grad / count (paper eq. 4).
+    """0.5 mean|| x - stopgrad(x - grad) ||^2, whose gradient is grad / count (paper eq. 6).
 
     mask: optional bool (b, f), frames that count."""
     exact = torch.float32 if x.device.type == "mps" else torch.float64  # which it does not have
@@ -107,12 +113,12 @@ def student_levels(u, shift, low=0.02, high=0.98):
 # ---------------------------------------------------------------- stage III
 
 def logistic_d_loss(real, fake):
-    """softplus(-D(real)) + softplus(D(fake)), logits of any shape (paper eq. 7)."""
+    """softplus(-D(real)) + softplus(D(fake)), logits of any shape (paper eq. 8)."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
 def logistic_g_loss(real, fake):
-    """softplus(-D(fake)) (paper eq. 8). The real logits are not used; both GAN losses take the same arguments."""
+    """softplus(-D(fake)) (paper eq. 9). The real logits are not used; both GAN losses take the same arguments."""
     return F.softplus(-fake).mean()
 
 
@@ -130,7 +136,7 @@ GAN_LOSSES = {"logistic": (logistic_d_loss, logistic_g_loss), "relativistic": (r
 
 
 def approximate_r(discriminate, x_t, logits, delta):
-    """|D(x) - D(x + delta)|^2, delta ~ N(0, sigma^2): R1 on real clips, R2 on generated ones (paper eq. 9-10; APT,
+    """|D(x) - D(x + delta)|^2, delta ~ N(0, sigma^2): R1 on real clips, R2 on generated ones (paper eq. 10; APT,
     2501.08316, eq. 6). A finite difference in place of the gradient penalty: no double backward, which FSDP2 refuses.
 
     discriminate: callable x_t -> logits at the SAME noise level; logits: D(x_t)."""

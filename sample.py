@@ -69,7 +69,8 @@ def sample_ode(velocity, noise, first, times, keep=()):
     return (x, kept) if keep else x
 
 
-def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=False, context_level=0.0, cache_grad=False):
+def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=False, context_level=0.0, cache_grad=False,
+            start=None):
     """Write a video chunk after chunk; yields (b, chunk, c, h, w), the given frames `first` before all others.
 
     model          causal student; model.cfg says chunk, sink, window and shift (paper eq. 1)
@@ -82,7 +83,9 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
     context_level  noise level at which a finished chunk enters the cache (0 in the paper; Diagonal Forcing: 0.1);
                    below 0: the cache is what the last pass left, and the context pass is saved
     cache_grad     let gradients reach the weights through the context passes too: what a chunk leaves in the cache is
-                   then trained for the chunks that read it. Never from one chunk's pixels to another's
+                   then trained for the chunks that read it. Never from one chunk's pixels to another's (Self Gradient
+                   Forcing, 2607.20368, has the idea)
+    start          (b, f, c, h, w) noise that the chunks start from, instead of randn's
     """
     cfg = model.cfg
     cache = KVCache(cfg.sink, cfg.window, detach=not cache_grad)
@@ -115,7 +118,7 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
     while frames is None or written < frames:
         times = schedule(plan.pop(0) if len(plan) > 1 else plan[0], cfg.shift)
         last = len(times) - 1 if exit_step is None else min(exit_step, len(times) - 1)
-        x = randn(cfg.chunk)
+        x = randn(cfg.chunk) if start is None else start[:, written:written + cfg.chunk]
         for i, t in enumerate(times[:last + 1]):
             t = frame_times(t, x, 0)
             with torch.set_grad_enabled(grad and i == last):

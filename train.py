@@ -1,6 +1,7 @@
 """Training: a teacher from scratch, then the three stages of AAD-1. One loop, one function per stage.
 
     python train.py                                       the whole recipe at preset `toy`: stages 0, 1, 2, 3
+    python train.py --control                             and stage 2 trained on for as many steps as stage 3, to compare
     python train.py --stage 2                             one stage; it finds the stage before by itself
     python train.py --data DIR_OF_MP4 --out out/mine      the same on your own clips
     torchrun --nproc_per_node 2 train.py --stage 3        several processes: FSDP2, gloo on CPU, NCCL on GPUs
@@ -8,7 +9,7 @@
     stage 0   teacher        flow matching on real clips, bidirectional            paper section 2
     stage 1   ODE init       regression onto the teacher's ODE, block-causal       paper eq. 3
     stage 2   DMD warm-up    distribution matching on the student's own rollouts   paper eq. 4-6
-    stage 3   adversarial    a bidirectional judge with one logit for the clip     paper eq. 7-10
+    stage 3   adversarial    a bidirectional discriminator with one logit a clip   paper eq. 7-10
 
 Stage N leaves in <out>/stageN: weights.safetensors, ema.safetensors, codec.safetensors, config.json, log.jsonl, samples.gif,
 samples.png, metrics.json, state/ to resume from, and where there are any trajectories/ (stage I) and fake.safetensors (the fake score).
@@ -43,7 +44,7 @@ from data import (Draws, Flags, PatchCodec, WordEncoder, asked_to_stop, check_de
                   read_tensors, save_tensors, video_writer, write_json, write_sheet, written_whole)
 from discriminator import Discriminator
 from model import PRESETS, Config, Shape, UsageError, block_causal_mask, build, chunk_bounds, load_into, open_weights, require
-from parallel import (Flops, Muon, averaged, begin_state, by_first, fingerprint, has_bfloat16, load_state, locked, matrix_rate, now, own_rows,
+from parallel import (Muon, averaged, begin_state, by_first, fingerprint, has_bfloat16, load_state, locked, now, own_rows,
                       processes, save_state, saved_states, shard, whole, world)
 from sample import animate, frame_times, guided, read_settings, rollout, sample_ode, schedule
 
@@ -67,6 +68,7 @@ class TrainConfig(Config):
     dtype: str = ""                 # autocast: bfloat16 or float32; default: bfloat16 where the hardware has it
     # clips
     size: int = 32                  # side of a frame, in pixels
+    turns: float = 0.2              # toy world: probability that the shape turns at a frame, from the fifth on; 0: it never does
     fps: float = 0.0                # thin the frames of videos out to this rate; 0: every frame
     codec_patch: int = 4            # side of a patch of the toy codec, in pixels
     latent_size: tuple = (0, 0)     # height and width of a latent frame where only captions are given; 0 0: from --size
@@ -78,10 +80,11 @@ class TrainConfig(Config):
     context_parallel: int = 1       # processes that share the tokens of one clip (Ulysses), for clips too long for one device
     compile: bool = False           # torch.compile, block by block
     lr: float = 2e-3                # AdamW's learning rate
+    weight_decay: float = 0.0       # AdamW's, of every network that is trained
     muon_lr: float = 0.0            # Muon's, for the matrices of the blocks; 0: AdamW for all
     betas: tuple = (0.9, 0.95)      # AdamW's
     warmup: int = 10                # steps over which the learning rates rise
-    decay: float = 0.0              # last fraction of the run, over which they fall to zero
+    decay: float = 0.0              # last fraction of the student's steps, over which its rates fall to zero
     clip: float = 1.0               # largest gradient norm
     ema: float = 0.98               # decay of the running average of the weights
     max_bad_steps: int = 10         # non-finite updates of a network in a row before giving up
@@ -92,69 +95,75 @@ class TrainConfig(Config):
     text_drop: float = 0.1          # share of captions dropped, for guidance
     train_shift: float = 6.0        # timestep shift of training times: high, or the direction of motion is learnt late
     # stage 1: ODE initialisation
-    trajectories: int = 128         # teacher trajectories to regress on
+    trajectories: int = 2048        # teacher trajectories to regress on
     ode_steps: int = 8              # Euler steps of a trajectory
-    guidance: float = 1.25          # classifier-free guidance of the teacher; 1: none
+    guidance: float = 1.0           # classifier-free guidance of the teacher; 1: none
     levels: int = 4                 # states of a trajectory that are kept, those a `levels`-step sampler would visit
     level_weights: tuple = (0.4, 0.1, 0.1, 0.1, 0.3)  # how often a chunk gets each level, from noise to clean
     # stages 2 and 3: the student's own rollouts
     student_steps: int = 1          # network passes per chunk
     context_level: float = 0.0      # level at which a finished chunk enters the cache (Diagonal Forcing: 0.1); below 0: as its last pass left it
-    cache_grad: bool = False        # gradients also through the passes that fill the cache; no: as in Self Forcing
+    cache_grad: bool = False        # gradients also through the passes that fill the cache (Self Gradient Forcing); no: as in Self Forcing
+    ode_anchor: float = 0.0         # weight of stage 1's regression, kept on the student's own rollout from a trajectory's noise; 0: as in the paper
     dmd: float = 0.0                # weight of the DMD term
     dmd_flow: float = 0.0           # of its part that is taken on differences of consecutive frames (Diagonal Distillation), over the other
     gan: float = 0.0                # weight of the adversarial term
     gan_ratio: float = 0.0          # with both terms: norm of the adversarial gradient over DMD's, before weights (One-Forcing); 0: as it comes
-    critic_lr: float = 1e-3         # fake score (DMD) and discriminator heads (GAN)
-    critic_betas: tuple = (0.5, 0.99)  # Adam's, for the critics
-    critic_updates: int = 2         # steps of the fake score per generator step
-    disc_updates: int = 1           # steps of the discriminator per generator step
-    critic_warmup: int = 15         # first steps, in which only the critic learns
-    score_shift: float = 1.5        # timestep shift of the level at which the scores are compared
-    stop_motion: float = 0.6        # stop stage 2 once motion has fallen to this fraction of its best; 0: never stop early
-    stop_distance: float = 1.5      # or once the teacher would change the clips by this multiple of the least it ever did
+    fake_lr: float = 1e-3           # learning rate of the fake score (DMD)
+    disc_lr: float = 2e-4           # of the discriminator's heads (GAN)
+    critic_betas: tuple = (0.0, 0.99)  # Adam's, for the fake score and the discriminator
+    critic_updates: int = 1         # steps of the fake score per generator step
+    disc_updates: int = 2           # steps of the discriminator per generator step
+    critic_warmup: int = 20         # first steps, in which only fake score and discriminator learn
+    score_shift: float = 1.0        # timestep shift of the level at which the scores are compared
+    probe_every: int = 25           # steps between two measures of how far clips of one image differ from seed to seed; 0: none
+    stop_spread: float = 0.5        # stop stage 2 once that has fallen to this fraction of what it was at its start; 0: never
     # stage 3: the discriminator
     backbone_lr: float = 0.0        # of the discriminator's backbone; 0: frozen
     disc_causal: bool = False       # give the discriminator the student's block-causal mask
     disc_framewise: bool = False    # one logit per frame instead of one per clip
-    disc_layers: tuple = (1, 3)     # blocks that the heads read
+    disc_layers: tuple = (0, 1, 2, 3)  # blocks that the heads read
     disc_queries: int = 2           # queries per head
     gan_loss: str = "logistic"      # or relativistic, in pairs of the same condition
-    gan_t_max: float = 0.9          # noise level of the discriminator's input ~ U[0, this] ...
-    gan_shift: float = 3.0          # ... then shifted towards noise, where coarse motion is judged rather than grain
+    gan_t_max: float = 1.0          # noise level of the discriminator's input ~ U[0, this] ...
+    gan_shift: float = 1.0          # ... then shifted: above 1 towards noise and coarse motion, below 1 towards outlines and grain
+    gan_interval: bool = False      # draw that level from the interval of the pass that made the clip (the paper's 2-step variant)
     r_weight: float = 20.0          # lambda of the approximate R1 and R2
-    r_sigma: float = 0.25           # their perturbation
-    r_every: int = 2                # discriminator updates between two of them
+    r_sigma: float = 0.1            # their perturbation
+    r_every: int = 1                # discriminator updates between two of them
 
 
-RECIPES = {  # preset -> stage -> what differs from the defaults
+RECIPES = {  # preset -> stage -> what differs from the defaults; docs/results.md has what else was tried
     "toy": {
-        0: dict(iters=1800, muon_lr=0.04, warmup=30, decay=0.4, ema=0.99),
-        1: dict(iters=15, muon_lr=0.01, decay=0.5),
-        2: dict(iters=150, dmd=1.0, lr=6e-4, decay=0.5, betas=(0.5, 0.99), ema=0.95, critic_updates=1, score_shift=1.0),
-        3: dict(iters=110, gan=0.3, dmd=1.0, dmd_flow=4.0, guidance=1.0, score_shift=0.3, cache_grad=True, lr=6e-4, betas=(0.5, 0.99),
-                decay=0.6, critic_lr=5e-4, critic_betas=(0.0, 0.99), critic_updates=1, disc_updates=2, critic_warmup=20, r_every=4),
+        0: dict(iters=4000, muon_lr=0.04, warmup=30, decay=0.4, ema=0.99),
+        1: dict(iters=1000, muon_lr=0.01, decay=0.5, ode_steps=16),
+        2: dict(iters=320, dmd=1.0, lr=6e-4, betas=(0.5, 0.99), warmup=15, decay=0.5, ema=0.97, cache_grad=True, ode_anchor=0.15),
+        3: dict(iters=270, gan=1.0, lr=5e-5, betas=(0.0, 0.99), warmup=15, decay=0.5, ema=0.97, backbone_lr=1e-4, critic_warmup=120,
+                gan_shift=0.5, ode_anchor=0.15),
     },
 }
-_WAN_RECIPE = {  # latents of 480 x 832 pixels
+# Latents of 480 x 832 pixels. Stage 1 has the rates of Causal Forcing, stage 2 those of Self Forcing, stage 3 the paper's where it says them.
+# One clip a pass and activation checkpointing, or nothing of this size fits a GPU.
+_WAN_RECIPE = {
     0: dict(iters=0),
-    1: dict(iters=2000, batch_size=64, lr=2e-6, trajectories=16_000, ode_steps=48, guidance=6.0),
-    2: dict(iters=100, batch_size=64, dmd=1.0, lr=2e-6, betas=(0.0, 0.999), critic_lr=4e-7, critic_betas=(0.0, 0.999),
-            critic_updates=5, critic_warmup=0, guidance=6.0, score_shift=5.0),
-    3: dict(iters=200, batch_size=256, gan=1.0, lr=4e-7, betas=(0.0, 0.999), critic_lr=2e-6, critic_betas=(0.0, 0.999),
-            backbone_lr=1e-6, critic_updates=1, critic_warmup=0, disc_queries=1, gan_t_max=1.0, gan_shift=1.0, r_sigma=0.05, r_every=1),
+    1: dict(iters=2000, batch_size=64, lr=2e-6, betas=(0.9, 0.999), trajectories=16_000, ode_steps=48, guidance=6.0),
+    2: dict(iters=100, batch_size=64, dmd=1.0, lr=2e-6, betas=(0.0, 0.999), weight_decay=0.01, clip=10.0, ema=0.99, fake_lr=4e-7,
+            critic_betas=(0.0, 0.999), critic_updates=5, critic_warmup=0, guidance=4.0, score_shift=5.0),
+    3: dict(iters=200, batch_size=256, gan=1.0, lr=4e-7, betas=(0.0, 0.999), disc_lr=2e-6, critic_betas=(0.0, 0.999), backbone_lr=1e-6,
+            disc_updates=1, critic_warmup=0, disc_queries=1, r_sigma=0.05),
 }
-RECIPES["wan-1.3b"] = {s: dict(r, latent_size=(60, 104), disc_layers=(14, 21, 29)) for s, r in _WAN_RECIPE.items()}
-RECIPES["wan-14b"] = {s: dict(r, latent_size=(60, 104), disc_layers=(19, 29, 39)) for s, r in _WAN_RECIPE.items()}
+_WAN_FITS = dict(latent_size=(60, 104), micro_batch=1, recompute=True)
+RECIPES["wan-1.3b"] = {s: dict(r, **_WAN_FITS, disc_layers=(14, 21, 29)) for s, r in _WAN_RECIPE.items()}
+RECIPES["wan-14b"] = {s: dict(r, **_WAN_FITS, disc_layers=(19, 29, 39)) for s, r in _WAN_RECIPE.items()}
 
 
 LIMITS = (  # least, most, in words, the settings that have to lie between
     (1, math.inf, "at least 1", "batch_size trajectories ode_steps levels student_steps context_parallel "
      "disc_queries r_every max_bad_steps size codec_patch window dim ffn_dim freq_dim num_heads num_layers in_dim patch text_len text_dim"),
-    (0, math.inf, "at least 0", "iters micro_batch save_every eval_clips samples fps sink lr critic_lr muon_lr backbone_lr warmup "
-     "critic_warmup critic_updates disc_updates guidance dmd dmd_flow gan gan_ratio r_weight r_sigma"),
-    (1e-12, math.inf, "above 0", "clip eps shift train_shift score_shift gan_shift stop_distance"),
-    (0, 1, "between 0 and 1", "ema text_drop decay gan_t_max stop_motion"), (-math.inf, 1, "at most 1", "context_level"),
+    (0, math.inf, "at least 0", "iters micro_batch save_every eval_clips samples fps sink lr fake_lr disc_lr muon_lr backbone_lr weight_decay "
+     "warmup critic_warmup critic_updates disc_updates guidance dmd dmd_flow gan gan_ratio ode_anchor probe_every r_weight r_sigma"),
+    (1e-12, math.inf, "above 0", "clip eps shift train_shift score_shift gan_shift"),
+    (0, 1, "between 0 and 1", "ema text_drop decay gan_t_max stop_spread turns"), (-math.inf, 1, "at most 1", "context_level"),
     (3, math.inf, "at least 3", "frames"), (0, 90, "between 0 and 90, or its clips would be held-out ones", "seed"))
 
 
@@ -183,6 +192,8 @@ def parse(argv):
         usual = values[0] if len(set(values)) == 1 else f"stages 0 to 3: {', '.join(values)}"
         parser.add_argument(flag(field.name), default=None, help=f"{text} [{usual}]" if usual else text, **how)
     parser.add_argument("--plan", action="store_true", default=None, help="train nothing, print memory and work of the stages (experiments/plan.py)")
+    parser.add_argument("--control", action="store_true", default=None,
+                        help="after the recipe, train stage 2 on for as many steps as stage 3 has made: what stage 3 is compared with")
     parser.add_argument("--gpus", type=int, nargs="+", default=None, help="with --plan: devices that share the weights")
     given = vars(parser.parse_args(argv))
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
@@ -275,11 +286,13 @@ class Run:
         self.dir = stage_folder(cfg)
         self.data, self.words = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim)
         if self.data.latent:
-            self.data = self.data.check(cfg, [stage / "trajectories" for stage in (start_from(cfg)[0], Path(cfg.out) / "stage1")])
+            self.data = self.data.check(cfg, trajectory_folders(cfg))
         self.negative, self.codec = self.data.negative if self.data.latent else None, None
         if cfg.stage == 0 and not self.data.latent:  # the other stages take over its codec
             self.codec = PatchCodec.fit(self.data.batch(range(max(1, 512 * 32 ** 2 // cfg.size ** 2)))["video"], cfg.codec_patch, cfg.in_dim)
-        self.nets, self.opts, self.tokens = {}, {}, 0
+        require(cfg.stage < 2 or not cfg.ode_anchor or any(map(clips_in, trajectory_folders(cfg))),
+                f"--ode-anchor {cfg.ode_anchor} needs the teacher's trajectories, and {trajectory_folders(cfg)[-1]} has none: train stage 1, or say --ode-anchor 0")
+        self.nets, self.opts, self.tokens, self.trajectories = {}, {}, 0, None
         torch.manual_seed(cfg.seed)
 
     def autocast(self):
@@ -299,7 +312,7 @@ class Run:
         """Take a network in; `groups` [(parameters' names start with, lr)] are trained, the rest is frozen."""
         cfg, optimizers, named = self.cfg, [], dict(module.requires_grad_(False).named_parameters())
         muon_lr = cfg.muon_lr if name == "student" else 0.0
-        options = dict(betas=cfg.betas if name == "student" else cfg.critic_betas, weight_decay=0.0, fused=True)
+        options = dict(betas=cfg.betas if name == "student" else cfg.critic_betas, weight_decay=cfg.weight_decay, fused=True)
         for prefixes, lr in groups:
             params = {n: p.requires_grad_() for n, p in named.items() if n.startswith(prefixes)}
             matrices = {n: p for n, p in params.items() if muon_lr and "blocks." in n and p.ndim == 2}
@@ -329,10 +342,12 @@ class Run:
         self.tokens = x0[0, :, 0].numel() // self.cfg.patch ** 2  # of a clip
         return Batch(clips, x0.to(self.device), text.to(self.device), self.draws(clips, purpose))
 
-    def trajectory(self, batch):
+    def trajectory(self, draws):
         """Teacher trajectories for a batch: states (b, levels + 1, f, c, h, w), noise first, and their texts."""
-        numbers = (batch.draws.rand(1)[:, 0] * self.cfg.trajectories).long().tolist()
-        rows = [read_tensors(self.dir / "trajectories" / f"{n:06d}.safetensors") for n in numbers]
+        if self.trajectories is None:  # those that this stage has made, or those of the stage 1 before it
+            self.trajectories = next(filter(None, map(clips_in, trajectory_folders(self.cfg))), [])
+        numbers = (draws.rand(1)[:, 0] * len(self.trajectories)).long().tolist()
+        rows = [read_tensors(self.trajectories[n]) for n in numbers]
         text = pad_sequence([row["text"] for row in rows], batch_first=True)
         return torch.stack([row["states"] for row in rows]).to(self.device), text.to(self.device)
 
@@ -354,7 +369,8 @@ class Run:
         norm = float(whole(torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)))
         done = self.step - (cfg.critic_warmup if name == "student" and cfg.stage > 1 else 0)  # steps it has made
         rise = min(1.0, (done + 1) / max(1, cfg.warmup))
-        fall = min(1.0, (cfg.iters - self.step) / max(1.0, cfg.decay * cfg.iters)) if name == "student" else 1.0
+        falling = cfg.decay * (cfg.iters - (cfg.critic_warmup if cfg.stage > 1 else 0))
+        fall = min(1.0, (cfg.iters - self.step) / max(1.0, falling)) if name == "student" else 1.0
         self.bad[name] = 0 if math.isfinite(norm) else self.bad.get(name, 0) + 1
         for o in self.opts[name]:
             for g in o.param_groups:
@@ -380,7 +396,7 @@ def teacher_step(run):
     """Stage 0: flow matching on real clips; the conditioning image is clean, its frame at t = 0."""
     cfg, log = run.cfg, {}
     for batch in run.batches("teacher"):
-        u, drop = batch.draws.spread(), batch.draws.rand(1, 1) < cfg.text_drop
+        u, drop = batch.draws.stratified_uniform(), batch.draws.rand(1, 1) < cfg.text_drop
         text = batch.text.masked_fill(drop, 0.0)
         t = frame_times(L.shift_time(u, cfg.train_shift), batch.x0, cfg.first)
         with run.autocast():
@@ -397,7 +413,7 @@ def ode_step(run):
     mask = block_causal_mask(cfg.frames, cfg.first, cfg.chunk, cfg.window + cfg.chunk, cfg.sink)  # what the stream will see
     bounds = chunk_bounds(cfg.frames, cfg.first, cfg.chunk)[1 if cfg.first else 0:]
     for batch in run.batches("ode"):
-        path, text = run.trajectory(batch)                                    # (b, levels + 1, f, c, h, w)
+        path, text = run.trajectory(batch.draws)                              # (b, levels + 1, f, c, h, w)
         level = batch.draws.choice(cfg.level_weights, len(bounds))            # one level a chunk
         level = torch.cat([torch.full_like(level[:, :1], cfg.levels).expand(-1, cfg.first),
                            level.repeat_interleave(cfg.chunk, 1)], 1)         # (b, f); the image is clean
@@ -409,10 +425,10 @@ def ode_step(run):
     return {**log, "grad": run.update("student")}
 
 
-def dmd_gradient(run, x, batch, draws):
-    """Stages II and III: the direction from the student's clip x to what the teacher would rather see (paper eq. 4-5)."""
+def dmd_gradient(run, x, batch, draws, exit_step):
+    """Stages II and III: the direction from the student's clip x to what the teacher would rather see (paper eq. 6)."""
     cfg, k, teacher, fake = run.cfg, run.cfg.first, run.nets["teacher"], run.nets["fake"]
-    t = frame_times(L.student_levels(draws.spread(), cfg.score_shift), x, k)
+    t = frame_times(L.student_levels(draws.stratified_uniform(), cfg.score_shift), x, k)
     x_t = L.add_noise(x, draws.randn(*x.shape[1:]), t)
     with torch.no_grad(), run.autocast():
         x0_real = L.x0_from_flow(x_t, guided(teacher, batch.text, cfg.guidance, run.negative)(x_t, t), t)
@@ -426,9 +442,13 @@ def dmd_gradient(run, x, batch, draws):
     return grad, {"dmd": len(x) * grad.flatten(1).norm(dim=1).mean(), "distance": (x - x0_real)[:, k:].abs().mean()}
 
 
-def judged_level(cfg, draws, x):
-    """The random level (b, f) at which the discriminator sees a clip; the image stays clean."""
-    return frame_times(L.shift_time(draws.spread() * cfg.gan_t_max, cfg.gan_shift), x, cfg.first)
+def judged_level(cfg, draws, x, exit_step):
+    """The random level (b, f) at which the discriminator sees a clip that left after pass `exit_step`; the image stays clean."""
+    u = L.shift_time(draws.stratified_uniform() * cfg.gan_t_max, cfg.gan_shift)
+    if cfg.gan_interval:
+        times = [*schedule(cfg.student_steps, cfg.shift), 0.0]
+        u = times[exit_step + 1] + (times[exit_step] - times[exit_step + 1]) * u
+    return frame_times(u, x, cfg.first)
 
 
 def judge(run, x_t, batch, t):
@@ -437,11 +457,11 @@ def judge(run, x_t, batch, t):
         return run.nets["disc"](x_t, t, batch.text)
 
 
-def gan_gradient(run, x, batch, draws):
-    """Stage III: the direction in which the discriminator finds the student's clip more real (paper eq. 8)."""
+def gan_gradient(run, x, batch, draws, exit_step):
+    """Stage III: the direction in which the discriminator finds the student's clip more real (paper eq. 9)."""
     cfg, k = run.cfg, run.cfg.first
     clip = x[:, k:].clone().requires_grad_()
-    t, eps = judged_level(cfg, draws, x), draws.randn(*x.shape[1:])
+    t, eps = judged_level(cfg, draws, x, exit_step), draws.randn(*x.shape[1:])
     fake = judge(run, L.add_noise(torch.cat([x[:, :k], clip], 1), eps, t), batch, t)
     real = None
     if cfg.gan_loss == "relativistic":
@@ -451,12 +471,25 @@ def gan_gradient(run, x, batch, draws):
     return grad, {"gan": len(x) * grad.flatten(1).norm(dim=1).mean()}
 
 
+def anchor_step(run, batch):
+    """Stages II and III: stage I's regression goes on, on the student's own rollout. From the noise of a teacher's trajectory the
+    student should reach its end: DMD follows the reverse KL and forgets futures, this term is charged for each (DMD, eq. 9)."""
+    cfg, k, draws = run.cfg, run.cfg.first, run.draws(batch.clips, "anchor")
+    path, text = run.trajectory(draws)
+    with run.autocast():
+        x = torch.cat(list(rollout(run.nets["student"], path[:, -1, :k], text, lambda n: draws.randn(n, *path.shape[3:]), cfg.frames,
+                                   cfg.student_steps, 0, True, cfg.context_level, cfg.cache_grad, start=path[:, 0])), 1)
+    loss = L.anchor_loss(x[:, k:], path[:, -1, k:])
+    (cfg.ode_anchor * run.share(loss, batch)).backward()
+    return {"anchor": loss.detach()}
+
+
 def fake_score_step(run, clips, update):
-    """The fake score follows the student: flow matching on its clips (paper eq. 6)."""
+    """The fake score follows the student: flow matching on its clips (paper eq. 5)."""
     cfg, log = run.cfg, {}
     for batch, x in clips:
         draws = run.draws(batch.clips, f"fake{update}")
-        t = frame_times(L.student_levels(draws.spread(), cfg.score_shift), x, cfg.first)
+        t = frame_times(L.student_levels(draws.stratified_uniform(), cfg.score_shift), x, cfg.first)
         with run.autocast():
             loss = L.fake_score_loss(lambda x, t: run.nets["fake"](x, t, batch.text), x, draws.randn(*x.shape[1:]), t)
         run.share(loss, batch).backward()
@@ -465,13 +498,13 @@ def fake_score_step(run, clips, update):
     return log
 
 
-def disc_step(run, clips, update):
-    """The discriminator learns to tell real from generated, with approximate R1 and R2 (paper eq. 7, 9, 10)."""
+def disc_step(run, clips, update, exit_step):
+    """The discriminator learns to tell real from generated, with approximate R1 and R2 (paper eq. 8, 10)."""
     cfg, log = run.cfg, {}
     regular = (run.step * cfg.disc_updates + update) % cfg.r_every == 0
     for batch, x in clips:
         draws = run.draws(batch.clips, f"disc{update}")
-        t, eps = judged_level(cfg, draws, x), draws.randn(*x.shape[1:])
+        t, eps = judged_level(cfg, draws, x, exit_step), draws.randn(*x.shape[1:])
         pair = [L.add_noise(clip, eps, t) for clip in (batch.x0, x)]
         real, fake = (judge(run, x_t, batch, t) for x_t in pair)
         loss = L.GAN_LOSSES[cfg.gan_loss][0](real, fake)
@@ -501,12 +534,14 @@ def distil_step(run):
         if moving:
             grads = {}
             for name, (_, term) in terms.items():
-                grads[name], numbers = term(run, x.detach(), batch, run.draws(batch.clips, term.__name__))
+                grads[name], numbers = term(run, x.detach(), batch, run.draws(batch.clips, name), exit_step)
                 run.add_up(log, numbers, batch)
             if cfg.gan_ratio and {"dmd", "gan"} <= grads.keys():
                 dmd_norm, gan_norm = (L.per_frame(grads[name].flatten(1).norm(dim=1, keepdim=True)) for name in ("dmd", "gan"))  # clip by clip
                 grads["gan"] *= cfg.gan_ratio * dmd_norm / gan_norm.clamp_min(1e-12)
             x[:, cfg.first:].backward(run.share(sum(terms[name][0] * grad for name, grad in grads.items()), batch))
+            if cfg.ode_anchor:
+                run.add_up(log, anchor_step(run, batch), batch)
         run.add_up(log, {"motion": motion(x), "real_motion": motion(batch.x0)}, batch)
         clips.append((batch, x.detach()))
     if moving:
@@ -514,8 +549,26 @@ def distil_step(run):
     for update in range(cfg.critic_updates * bool(cfg.dmd)):
         log.update(fake_score_step(run, clips, update))
     for update in range(cfg.disc_updates * bool(cfg.gan)):
-        log.update(disc_step(run, clips, update))
+        log.update(disc_step(run, clips, update, exit_step))
+    if cfg.probe_every and run.step % cfg.probe_every == 0:
+        log["spread"] = probe_spread(run)
     return log
+
+
+@torch.no_grad()
+def probe_spread(run, images=16, seeds=4):
+    """How far the student's clips of one image differ from seed to seed: the root of the variance of the last chunk's latents over
+    seeds, the mean over held-out images. It falls when futures are forgotten, long before clips stand still."""
+    cfg, own = run.cfg, max(1, images // run.world)
+    clips = list(held_out(images))[run.rank * own % images:][:own]
+    batch, ends = run.batch(clips, "probe"), []
+    for seed in range(seeds):
+        draws = Draws(clips, "probe", seed, device=run.device)
+        with run.autocast():
+            chunks = list(rollout(run.nets["student"], batch.x0[:, :cfg.first], batch.text, lambda n: draws.randn(n, *batch.x0.shape[2:]),
+                                  cfg.frames, cfg.student_steps, context_level=cfg.context_level))
+        ends.append(chunks[-1])
+    return torch.stack(ends).var(0).mean().sqrt().item()
 
 
 def motion(x, lag=4):
@@ -535,6 +588,11 @@ def start_from(cfg):
     return Path(cfg.init or (teacher if cfg.stage == 1 else Path(cfg.out) / f"stage{cfg.stage - 1}")), teacher
 
 
+def trajectory_folders(cfg):
+    """Where the teacher's trajectories may lie: in stage 1 itself, in the stage that this one starts from, in stage 1 of this run."""
+    return [stage / "trajectories" for stage in (stage_folder(cfg), start_from(cfg)[0], Path(cfg.out) / "stage1")]
+
+
 def steps_before(cfg):
     """Steps that were already made of this stage's clips and noise: those of the stage it starts from, if that has the same
     number (--stage 2 --init out/toy/stage2 trains on, on new clips), else 0."""
@@ -548,9 +606,9 @@ def networks(cfg):
     if cfg.stage == 1 or cfg.stage > 1 and cfg.dmd:
         nets["teacher"] = ("teacher", [])
     if cfg.stage > 1 and cfg.dmd:
-        nets["fake"] = ("fake", [("", cfg.critic_lr)])
+        nets["fake"] = ("fake", [("", cfg.fake_lr)])
     if cfg.stage > 1 and cfg.gan:
-        heads = ("heads.", "norm.", "out."), cfg.critic_lr
+        heads = ("heads.", "norm.", "out."), cfg.disc_lr
         backbone = tuple(f"backbone.{part}" for part in ("patch_", "text_", "time_", "blocks.")), cfg.backbone_lr  # not its flow head
         nets["disc"] = ("student" if cfg.disc_causal else "teacher", [heads] + [backbone] * bool(cfg.backbone_lr))
     return nets
@@ -649,18 +707,12 @@ def show(run):
 
 # ---------------------------------------------------------------- the loop
 
-def reason_to_stop(past, fraction, multiple, span=20):
-    """Why stage II ends after the steps whose logs are `past`, or an empty string: DMD that goes on drifts into still videos
-    (paper section 4). The student's motion has fallen to this fraction of its best, or the teacher would change its clips by
-    this multiple of the least it ever did. Both are noisy, so means over `span` steps are compared. fraction 0: never."""
-    rows = [log for log in past if math.isfinite(log.get("distance", math.nan) + log.get("motion", math.nan))] if fraction else []
-    if len(rows) < span:
-        return ""
-    motion, distance = ([sum(log[name] for log in rows[i:i + span]) / span for i in range(len(rows) - span + 1)] for name in ("motion", "distance"))
-    if motion[-1] < fraction * max(motion):
-        return f"motion fell to {motion[-1]:.2f} of real, its best was {max(motion):.2f}"
-    if distance[-1] > multiple * min(distance):
-        return f"the teacher would change the clips by {distance[-1]:.3f}, at best it was {min(distance):.3f}"
+def reason_to_stop(past, fraction):
+    """Why stage II ends after the steps whose logs are `past`, or an empty string: DMD that goes on forgets futures, until motion
+    collapses (paper section 4). Clips of one image differ less than this fraction of what they did at the start. 0: never."""
+    spread = [log["spread"] for log in past if math.isfinite(log.get("spread", math.nan))]
+    if fraction and spread and spread[-1] < fraction * spread[0]:
+        return f"clips of one image differ by {spread[-1]:.3f} from seed to seed, at the start it was {spread[0]:.3f}"
     return ""
 
 
@@ -714,7 +766,7 @@ def loop(run):
     cfg = run.cfg
     before = (run.dir / "log.jsonl").read_text().splitlines()[:run.step] if run.step and (run.dir / "log.jsonl").is_file() else []
     past = [json.loads(line) for line in before if line.endswith("}")]  # a killed run may leave part of one
-    stop = lambda: reason_to_stop(past, cfg.stop_motion if cfg.stage == 2 else 0.0, cfg.stop_distance)
+    stop = lambda: reason_to_stop(past, cfg.stop_spread if cfg.stage == 2 else 0.0)
     reason = stop()
     run.began -= 60 * (past[-1].get("minutes", 0.0) if past else 0.0)  # as if it had never been interrupted
     bar = tqdm(total=cfg.iters, initial=run.step, desc=run.dir.name, disable=not run.writes, mininterval=1.0)
@@ -725,11 +777,9 @@ def loop(run):
         print(f"stage {cfg.stage}: a step is {cfg.batch_size} clips = {run.parts} x {share} clips, in {passes} passes")
         with written_whole(run.dir / "log.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(log) + "\n" for log in past))
-    work, counted = Flops(), max(resumed, cfg.critic_warmup * (cfg.stage > 1))  # the first step in which all networks learn
     with open(run.dir / "log.jsonl", "a") if run.writes else contextlib.nullcontext() as file, asked_to_stop(signal.SIGTERM, signal.SIGINT) as came:
         while run.step < cfg.iters and not reason:
-            with work if run.step == counted else contextlib.nullcontext():
-                log = averaged({**STEPS[cfg.stage](run), "terminated": float(bool(came))})  # all processes act alike
+            log = averaged({**STEPS[cfg.stage](run), "terminated": float(bool(came))})  # all processes act alike
             terminated = log.pop("terminated")
             if "motion" in log:  # relative to the real clips of the whole batch
                 log["motion"] /= max(1e-9, log.pop("real_motion"))
@@ -748,19 +798,15 @@ def loop(run):
             if reason := stop():
                 say(f"stage {cfg.stage} stops early at step {run.step}: {reason}")
     bar.close()
-    return in_words(run, (run.step - resumed) / (now(run.device) - began), work.flops)
+    return in_words(run, (run.step - resumed) / (now(run.device) - began))
 
 
-def in_words(run, rate, flops):
-    """Steps and tokens a second, memory, and the share of the machine's arithmetic that `flops` a step are."""
+def in_words(run, rate):
+    """Steps and tokens a second, and memory."""
     cfg = run.cfg
     kib = torch.cuda.max_memory_allocated() / 1024 if cfg.device == "cuda" else (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1))  # there it counts bytes
-    words = f"{rate:.2f} steps/s, {rate * cfg.batch_size * run.tokens:,.0f} tokens/s, peak memory {kib / 2 ** 20:.1f} GiB per process"
-    if flops:
-        words += (f", {rate * flops / 1e12:.3g} TFLOP/s = {rate * flops / matrix_rate(run.device, getattr(torch, cfg.dtype)):.0%} "
-                  "of what matrix products reach here")
-    return words
+    return f"{rate:.2f} steps/s, {rate * cfg.batch_size * run.tokens:,.0f} tokens/s, peak memory {kib / 2 ** 20:.1f} GiB per process"
 
 
 def train(cfg):
@@ -821,13 +867,21 @@ def main(argv=None):
             from experiments import plan  # which itself reads this file
             return plan.main(argv)
         require("gpus" not in given, "--gpus needs --plan")
-        every = given.get("stage", -1) == -1
+        every, control = given.get("stage", -1) == -1, given.pop("control", False)
         require(not every or not {"tag", "init"} & given.keys(), "--tag and --init belong to one stage: say which with --stage")
+        require(every or not control, "--control belongs to the whole recipe: leave out --stage")
         for cfg in [settle(given, stage) for stage in (range(1 if "teacher" in given else 0, 4) if every else [given["stage"]])]:
             train(cfg)
+        if control:
+            train(settle({**given, **control_of(cfg)}, 2))
         if every and world()[0] == 0:
             from experiments import evaluate
             evaluate.summary(cfg.out)
+
+
+def control_of(cfg):
+    """What stage 3 is compared with: stage 2 goes on from where stage 3 started, for as many of the student's steps."""
+    return dict(tag="control", init=str(start_from(cfg)[0]), iters=cfg.iters - cfg.critic_warmup, critic_warmup=0, stop_spread=0.0)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,18 @@
     python experiments/evaluate.py out/toy/stage3                 scores of a stage, written to its metrics.json
     python experiments/evaluate.py out/toy/stage*                 a table, a row per stage
     python experiments/evaluate.py DIR --clips 256 --steps 4      more clips, four network passes per chunk
+    python experiments/evaluate.py DIR --held-out report          on the clips that are kept for tables
     python experiments/evaluate.py DIR_OF_VIDEOS                  videos named after held-out toy clips: 0.mp4, 1.gif, ...
 
 The names are VBench's, the definitions are ours: a toy clip can be compared with the truth instead of with a network's taste.
 Scores on 0-100, higher is better; errors are fractions of the object's energy, 0 perfect, 1 as wrong as no object at all.
 Motion is counted between frames in which the object can be found: broken frames do not move.
+
+Two axes are judged, and never one alone. Error: is every frame a true frame? Energy and spread: do clips of one image, each
+from its own noise, go where the world would let them go, or all to one place? The row "real" is real clips through the codec,
+against which all others are read: jitter, say, is right at the real value, not at 0.
 """
+import math
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +24,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import COLOURS, Draws, Flags, KINDS, VIDEO_ENDINGS, ToyWorld, WordEncoder, dataset, explain, held_out, read_json, read_video, write_json
+from data import (COLOURS, HELD_OUT_SETS, KINDS, VIDEO_ENDINGS, Draws, Flags, PatchCodec, ToyWorld, WordEncoder, dataset, explain, held_out,
+                  read_json, read_video, write_json)
 from model import require
 from parallel import has_bfloat16
 from sample import animate, load_stage
@@ -26,6 +33,8 @@ from train import TrainConfig
 
 BROKEN = 0.25   # a frame with a larger error shows no object
 LAG = 4         # frames over which displacement is measured
+GHOST = 0.1     # a clip with a frame of a larger error is counted as a ghost
+IMAGES, SEEDS, FUTURES = 64, 16, 256  # images whose futures are compared, clips of each, futures of the world for each
 
 
 # ---------------------------------------------------------------- where is the object, and how wrong is the frame?
@@ -110,16 +119,6 @@ def silhouettes(world, kind):
 
 # ---------------------------------------------------------------- scores
 
-def physical_path(world, state, position):
-    """Mean distance in pixels (b,) to the nearest path that the world's physics allows from the same start."""
-    best = torch.full(position.shape[:1], torch.inf)
-    for direction in world.directions:
-        for speed in torch.linspace(0.5 * world.speeds[0], 1.3 * world.speeds[1], 60):
-            path = world.centres({**state, "velocity": (direction * speed).expand(len(position), 2)}, position.shape[1])
-            best = torch.minimum(best, (path - position).norm(dim=-1).mean(1))
-    return best
-
-
 def moved(position, found, lag):
     """Displacement over `lag` frames (b, f - lag), 0 wherever the object was not found in one of the two."""
     lag = min(lag, position.shape[1] - 1)  # of shorter clips, all there is
@@ -158,7 +157,7 @@ def exact_scores(world, state, video, first=1, chunk=3):
         "dynamic_degree": moved(position, found, 1).mean().item() / moved(truth, always, 1).mean().item(),
         "displacement": moved(position, found, LAG).mean().item() / moved(truth, always, LAG).mean().item(),
         "jitter": jitter(position),
-        "path_px": physical_path(world, state, position).mean().item(),
+        "ghosts": (error[:, made].amax(1) > GHOST).float().mean().item(),
         "caption_agreement": agree.float().mean().item(),
         "imaging_quality": percent(error[:, made]),
         "motion_smoothness": percent((position[:, 2:] - 2 * position[:, 1:-1] + position[:, :-2]).norm(dim=-1) / world.radius),
@@ -176,6 +175,33 @@ def drift(quality, segments=8):
     quality: (b, f), 0-100."""
     parts = torch.stack([part.mean(1) for part in quality.tensor_split(min(segments, quality.shape[1]), 1)], 1)
     return parts.std(1, unbiased=False).mean().item()
+
+
+def energy_distance(ours, theirs):
+    """How far two clouds of points lie apart, for every image: ours (i, n, d), theirs (i, m, d) -> (i,).
+
+    (2 E|X - Y| - E|X - X'| - E|Y - Y'|) / E|Y - Y'|, with Euclidean distances and pairs of different draws: 0 on the mean over
+    images if both are drawn from one distribution, below it by chance alone; it grows when ours are elsewhere or too alike."""
+    def among(x):
+        n = x.shape[1]
+        return torch.cdist(x, x).sum((1, 2)) / (n * (n - 1))
+
+    return (2 * torch.cdist(ours, theirs).mean((1, 2)) - among(ours) - among(theirs)) / among(theirs)
+
+
+def chunk_ends(frames, first, chunk):
+    """The last frame of every chunk that is written."""
+    return list(range(first + chunk - 1, frames, chunk))
+
+
+def future_scores(ours, theirs):
+    """Energy and spread of paths (i, n, ends, 2) in pixels, at the ends of the chunks, against the world's (i, m, ends, 2).
+
+    Spread is the root of the ratio of the variances of the last position, summed over images: 1 = as many futures as the world."""
+    distance = energy_distance(ours.flatten(2), theirs.flatten(2))
+    variance = lambda paths: paths[:, :, -1].var(1).sum()
+    return {"energy": distance.mean().item(), "energy_se": distance.std().item() / math.sqrt(len(distance)),
+            "spread": (variance(ours) / variance(theirs)).sqrt().item()}
 
 
 def general_scores(video, real, first=1):
@@ -198,48 +224,90 @@ def sharpness(video):
 
 # ---------------------------------------------------------------- of a stage, of a folder
 
-@torch.no_grad()
-def make(net, codec, settings, clips, frames, steps, at_once=64):
-    """Held-out clips animated by a stage: (videos (b, f, 3, H, W), raw batches, the data they come from)."""
+def as_config(settings):
+    """The TrainConfig that a stage's config.json was written from."""
     known = {field.name for field in fields(TrainConfig)}
-    cfg = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in known})
+    return TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in known})
+
+
+@torch.no_grad()
+def make(net, codec, settings, clips, frames, steps, seed=0, at_once=64):
+    """Held-out clips animated by a stage: (videos (b, f, 3, H, W), raw batches, the data they come from). net None: the real
+    clips through the codec. Another `seed` is other noise, and another future, for the same images."""
+    cfg = as_config(settings if net else {**settings, "frames": frames})
     data, words, made, raws = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim), [], []
     clips = list(clips)
     for i in range(0, len(clips), at_once):
         part = clips[i:i + at_once]
-        raw, draws = data.batch(part), Draws(part, "evaluate")
-        x0 = codec.encode(raw["video"])
-        with torch.autocast("cpu", torch.bfloat16, enabled=settings["dtype"] == "bfloat16" and has_bfloat16("cpu")):
-            x = animate(net, settings, x0[:, :cfg.first], words.encode(raw["text"]), lambda n: draws.randn(n, *x0.shape[2:]), frames, steps)
+        raw, draws = data.batch(part), Draws(part, "evaluate", seed)
+        x = codec.encode(raw["video"])
+        if net is not None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=settings["dtype"] == "bfloat16" and has_bfloat16("cpu")):
+                x = animate(net, settings, x[:, :cfg.first], words.encode(raw["text"]), lambda n: draws.randn(n, *x.shape[2:]), frames, steps)
         made.append(codec.decode(x))
         raws.append(raw)
     return torch.cat(made), raws, data
 
 
-def stage_scores(folder, number=256, steps=None, long=True):
-    """Scores of a stage's EMA weights on `number` held-out clips, and drift on a quarter of them, 4 times as long."""
-    net, codec, settings = load_stage(folder)
-    require(codec, f"{folder} was trained on latents, which have no scores here: look at what sample.py makes of it")
-    clips, frames, chunk = held_out(number), settings["frames"], settings["chunk"]
+def states(raws):
+    """The states of several raw batches of toy clips as one."""
+    return {k: torch.cat([raw["state"][k] for raw in raws]) for k in raws[0]["state"]}
+
+
+def future_paths(net, codec, settings, clips, steps=None, seeds=SEEDS):
+    """Where a stage lets the shape go: (clips, seeds, f, 2) in pixels, a path for every image and seed. net None: the world's own."""
+    frames = settings["frames"]
+    if net is None:
+        world = dataset(as_config(settings))
+        return world.futures(clips, FUTURES + seeds, frames)[:, FUTURES:]
+    paths = []
+    for seed in range(1, seeds + 1):
+        video, raws, world = make(net, codec, settings, clips, frames, steps, seed)
+        paths.append(locate(world, states(raws), video)[1])
+    return torch.stack(paths, 1)
+
+
+def scores_of(net, codec, settings, number=256, steps=None, long=True, which="search"):
+    """Scores on `number` held-out clips. With `long`, also those of rollouts 4 times as long, of a quarter of the clips, and of
+    the futures of IMAGES images. net None: of the real clips, through the codec."""
+    clips, frames, first, chunk = held_out(number, which), settings["frames"], settings["first"], settings["chunk"]
     video, raws, data = make(net, codec, settings, clips, frames, steps)
-    toy = isinstance(data, ToyWorld) and settings["first"] > 0  # without an image nobody can know this clip's background
-    scores = {"stage": settings["stage"], "clips": number, "steps": steps or settings["student_steps" if settings["stage"] else "ode_steps"]}
+    toy = isinstance(data, ToyWorld) and first > 0  # without an image nobody can know this clip's background
+    scores = {"clips": number, "held_out": which}
     if toy:
-        state = {k: torch.cat([raw["state"][k] for raw in raws]) for k in raws[0]["state"]}
-        scores |= exact_scores(data, state, video, settings["first"], chunk)
+        scores |= exact_scores(data, states(raws), video, first, chunk)
     else:
-        scores |= general_scores(video, torch.cat([raw["video"] for raw in raws]), settings["first"])
-    if long and settings["stage"]:
+        scores |= general_scores(video, torch.cat([raw["video"] for raw in raws]), first)
+    if long and (toy if net is None else settings["stage"]):
         few = max(1, number // 4)
-        video, raws, _ = make(net, codec, settings, clips[:few], settings["first"] + 4 * (frames - settings["first"]), steps)
+        video, raws, _ = make(net, codec, settings, clips[:few], first + 4 * (frames - first), steps)
         if toy:
-            error, _ = locate(data, {k: v[:few] for k, v in state.items()}, video)
+            error = locate(data, states(raws), video)[0][:, first:]
+            scores["long_error"] = error.mean().item()
             quality = 100 * (1 - error.clamp(0, 1))
         else:
-            quality = sharpness(video)
-        scores["drift"] = drift(quality[:, settings["first"]:])
-        scores["long_quality"] = quality[:, settings["first"]:].mean().item()
+            quality = sharpness(video)[:, first:]
+        scores["drift"] = drift(quality)
+        scores["long_quality"] = quality.mean().item()
+    if long and toy:
+        images, ends = held_out(IMAGES, which), chunk_ends(frames, first, chunk)
+        theirs = data.futures(images, FUTURES, frames)
+        scores |= future_scores(future_paths(net, codec, settings, images, steps)[:, :, ends], theirs[:, :, ends])
     return scores
+
+
+def stage_scores(folder, number=256, steps=None, long=True, which="search"):
+    """Scores of a stage's EMA weights, see scores_of()."""
+    net, codec, settings = load_stage(folder)
+    require(codec, f"{folder} was trained on latents, which have no scores here: look at what sample.py makes of it")
+    steps_used = steps or settings["student_steps" if settings["stage"] else "ode_steps"]
+    return {"stage": settings["stage"], "steps": steps_used, **scores_of(net, codec, settings, number, steps, long, which)}
+
+
+def real_scores(folder, number=256, long=True, which="search"):
+    """Scores of the real clips through the codec of a stage: what no network can beat."""
+    settings, codec = read_json(Path(folder) / "config.json"), PatchCodec.load(Path(folder) / "codec.safetensors")
+    return {"stage": "real", **scores_of(None, codec, settings, number, None, long, which)}
 
 
 def folder_scores(folder, size=32):
@@ -254,8 +322,9 @@ def folder_scores(folder, size=32):
     return {"stage": Path(folder).name, "clips": len(paths), **exact_scores(world, state, torch.stack([v[:frames] for v in videos]).float() / 127.5 - 1)}
 
 
-COLUMNS = {"stage": "stage", "steps": "steps", "quality_error": "error", "last_error": "last", "error_growth": "growth",
-           "drift": "drift", "dynamic_degree": "dynamic", "displacement": "displ.", "jitter": "jitter", "path_px": "path px",
+COLUMNS = {"stage": "stage", "steps": "steps", "quality_error": "error", "last_error": "last", "error_growth": "growth", "energy": "energy",
+           "spread": "spread", "drift": "drift", "long_error": "long", "ghosts": "ghosts", "dynamic_degree": "dynamic",
+           "displacement": "displ.", "jitter": "jitter",
            "caption_agreement": "caption", "subject_consistency": "subject", "background_consistency": "backgr.",
            "i2v_subject": "i2v subj.", "i2v_background": "i2v backgr.", "motion_smoothness": "smooth",
            "imaging_quality": "imaging", "i2v_fidelity": "i2v", "minutes": "minutes"}
@@ -270,9 +339,10 @@ def table(rows, columns=COLUMNS):
 
 
 def summary(out):
-    """What the recipe ends with: a row per stage, from its metrics.json, and where the pictures are."""
-    rows = [{"stage": path.parent.name[-1], **read_json(path)} for path in sorted(Path(out).glob("stage[0-3]/metrics.json"))]
-    print("\n" + table(rows, "stage quality_error last_error drift dynamic_degree displacement jitter caption_agreement i2v_fidelity "
+    """What the recipe ends with: a row for real clips and for every stage, and where the pictures are."""
+    rows = [{"stage": path.parent.name.removeprefix("stage"), **read_json(path)}
+            for path in (Path(out) / "real" / "metrics.json", *sorted(Path(out).glob("stage[0-3]/metrics.json"))) if path.is_file()]
+    print("\n" + table(rows, "stage quality_error last_error energy spread drift long_error ghosts jitter displacement caption_agreement i2v_fidelity "
                              "motion_smoothness minutes".split()))
     if any(Path(out).glob("stage[0-3]/samples.gif")):
         print(f"\nPictures: {out}/stage*/samples.gif (upper half real clips, lower half the stage's, from the same first frames)")
@@ -280,27 +350,42 @@ def summary(out):
 
 def main(argv=None):
     """Score every folder named on the command line and print a table; a stage's scores also go to its metrics.json, but for those of
-    --steps and --no-long."""
+    --steps and --no-long. The first row has the real clips, through the codec of the first stage."""
     parser = Flags(__doc__)
     parser.add_argument("folders", nargs="+", help="stages of a run, or folders of videos")
     parser.add_argument("--clips", type=int, default=256, help="held-out clips")
+    parser.add_argument("--held-out", choices=list(HELD_OUT_SETS), default="search",
+                        help="which of the two sets of held-out clips: one to choose settings by, one for tables")
     parser.add_argument("--steps", type=int, help="network passes per chunk; default: as trained")
-    parser.add_argument("--no-long", action="store_true", help="leave out the 4 times longer rollout, and with it drift")
+    parser.add_argument("--no-long", action="store_true", help="leave out the 4 times longer rollout (drift, long error) and the futures (energy, spread)")
     args = parser.parse_args(argv)
     require(args.clips >= 1 and (args.steps is None or args.steps >= 1), "--clips and --steps must be positive")
     rows = []
-    for folder in args.folders:
-        require(Path(folder).is_dir(), f"{folder} is not a folder: name a stage such as out/toy/stage3, or a folder of videos")
-        if (Path(folder) / "config.json").is_file():
-            rows.append(stage_scores(folder, args.clips, args.steps, not args.no_long))
-            metrics = Path(folder) / "metrics.json"
-            if args.steps or args.no_long:  # a question of its own, whose answer would not fit what stands there
-                continue
-            before = read_json(metrics) if metrics.is_file() else {}  # the minutes
-            write_json(metrics, {**before, **rows[-1]})
-        else:
+    for folder in map(Path, args.folders):
+        require(folder.is_dir(), f"{folder} is not a folder: name a stage such as out/toy/stage3, or a folder of videos")
+        if not (folder / "config.json").is_file():
             rows.append(folder_scores(folder))
+            continue
+        rows.append(stage_scores(folder, args.clips, args.steps, not args.no_long, args.held_out))
+        if not rows[0]["stage"] == "real":
+            rows.insert(0, real_row(folder, args))
+        metrics = folder / "metrics.json"
+        if args.steps or args.no_long:  # a question of its own, whose answer would not fit what stands there
+            continue
+        before = read_json(metrics) if metrics.is_file() else {}  # the minutes
+        write_json(metrics, {**before, **rows[-1]})
     print(table(rows))
+
+
+def real_row(folder, args):
+    """The scores of real clips, kept beside the stages in real/metrics.json, for they are the same for every stage of a run."""
+    path = folder.parent / "real" / "metrics.json"
+    known = read_json(path) if path.is_file() else {}
+    if (known.get("clips"), known.get("held_out")) == (args.clips, args.held_out):
+        return known
+    scores = real_scores(folder, args.clips, which=args.held_out)
+    write_json(path, scores)
+    return scores
 
 
 if __name__ == "__main__":
