@@ -1,129 +1,142 @@
-"""The mathematics: one pure function per equation, on tensors and callables. Nothing here knows a network.
+"""The mathematics: every equation a pure function of tensors and callables, without a network.
 
-    x_t = (1 - t) x0 + t eps        the path from clean (t = 0) to noise (t = 1)
-    v   = eps - x0                  what a network predicts
-    x0  = x_t - t v                 what that prediction means
+    x_t = (1 - t) x0 + t eps        the path from a clean clip (t = 0) to noise (t = 1)
+    v   = eps - x0                  the flow, which the networks predict
+    x0  = x_t - t v                 the clean clip that a flow stands for
 
-Videos are (b, f, c, h, w), times (b, f) in [0, 1]. A frame at t = 0 is a given one (the conditioning image): it is shown
-to the networks as it is, and no loss is taken on it. "Paper" is AAD-1 (2606.03972) unless another is named.
+Clips are (b, f, c, h, w), times (b, f) in [0, 1], one per frame. A frame at t = 0 is conditioning
+(the given image): networks see it clean, and no loss is taken on it. "Paper" is AAD-1
+(2606.03972) unless another one is named.
 """
 import torch
 import torch.nn.functional as F
 
 
-# ---------------------------------------------------------------- the path, and conversions along it
-
-def per_frame(t):
-    """(b, f) -> (b, f, 1, 1, 1), to multiply a video."""
-    return t[..., None, None, None]
-
-
+# ---------------------------------------------------------------- times, noise, conversions
 def shift_time(t, shift):
-    """t' = s t / (1 + (s - 1) t): moves times towards noise (SD3, 2403.03206, eq. 23). Floats or tensors."""
+    """t' = s t / (1 + (s - 1) t): shift > 1 moves times towards noise (SD3, 2403.03206, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
+
+
+def schedule(steps, shift):
+    """Times of the passes of a `steps`-step sampler, 1 > ... > 0, without the final 0.
+
+    schedule(4, 5) is Wan's 1000, 750, 500, 250 after the shift: 1, .9375, .8333, .625."""
+    return [shift_time(1 - i / steps, shift) for i in range(steps)]
+
+
+def make_timesteps(t, like, cond_frames):
+    """(b, f) times for the clip `like`: t (a number or (b, 1)) everywhere, 0 on the first
+    `cond_frames` frames, which stay clean."""
+    times = torch.zeros(like.shape[:2], device=like.device) + t
+    times[:, :cond_frames] = 0
+    return times
+
+
+def score_levels(u, shift, low=0.02, high=0.98):
+    """Noise levels for the real and the fake score from u ~ U[0, 1]: shifted, then clamped away
+    from both ends, where one of the two answers is trivial (DMD2, 2405.14867)."""
+    return shift_time(u, shift).clamp(low, high)
+
+
+def expand_t(t):
+    """(b, f) -> (b, f, 1, 1, 1), to multiply a clip."""
+    return t[..., None, None, None]
 
 
 def add_noise(x0, eps, t):
     """x_t = (1 - t) x0 + t eps. Frames with t = 0 come back bit for bit."""
-    return torch.lerp(x0, eps, per_frame(t).to(x0.dtype))
+    return torch.lerp(x0, eps, expand_t(t).to(x0.dtype))
 
 
 def x0_from_flow(x_t, v, t):
     """x0 = x_t - t v"""
-    return x_t - per_frame(t) * v
-
-
-def flow_from_x0(x_t, x0, t):
-    """v = (x_t - x0) / t. Defined for t > 0; gives 0 on frames with t = 0."""
-    t = per_frame(t)
-    return torch.where(t > 0, (x_t - x0) / t.clamp_min(1e-12), torch.zeros_like(x_t))
+    return x_t - expand_t(t) * v
 
 
 def guide(cond, uncond, scale):
-    """Classifier-free guidance, uncond + scale (cond - uncond): 1 = none. Also for x0 predictions."""
+    """Classifier-free guidance, uncond + scale (cond - uncond); 1 is none. Self Forcing and its
+    relatives write cond + s (cond - uncond): their s is our scale - 1."""
     return uncond + scale * (cond - uncond)
 
 
 def frame_mean(values, t):
-    """Mean of values (b, f, ...) in which given frames (t = 0) count as zero: linear, so that parts of a batch add up."""
+    """Mean of values (b, f, ...) in which conditioning frames (t = 0) count as zero. Linear, so
+    the parts of a batch add up."""
     return (values.flatten(2).mean(2) * (t > 0)).mean()
 
 
 # ---------------------------------------------------------------- stage 0 and the fake score
-
 def flow_matching_loss(velocity, x0, eps, t):
-    """|| velocity(x_t, t) - (eps - x0) ||^2, given frames count as zero (flow matching, 2210.02747).
+    """|| velocity(x_t, t) - (eps - x0) ||^2 (flow matching, 2210.02747). Trains the teacher.
 
-    velocity: callable (x_t, t) -> flow. Trains the teacher on real clips (stage 0)."""
+    velocity: callable (x_t, t) -> flow."""
     return frame_mean((velocity(add_noise(x0, eps, t), t) - (eps - x0)).square(), t)
 
 
 def fake_score_loss(velocity, x_student, eps, t):
-    """Flow matching on the student's own clips, without a gradient to the student (paper eq. 5; DMD2, 2405.14867)."""
+    """Flow matching on the student's own clips, with no gradient to the student (paper eq. 5)."""
     return flow_matching_loss(velocity, x_student.detach(), eps, t)
 
 
-# ---------------------------------------------------------------- stage I
-
+# ---------------------------------------------------------------- stage 1
 def ode_regression_loss(velocity, x_t, x_end, t):
-    """|| G(x_t, t) - x_end ||^2 in x0 space, every frame at its own level (paper eq. 3; CausVid, 2412.07772, eq. 7).
+    """|| G(x_t, t) - x_end ||^2 on clean clips, every frame at its own level (paper eq. 3).
 
-    x_t, x_end: a state of the teacher's ODE trajectory and its clean end. Frames at t = 0 are context only."""
+    x_t, x_end: a state of the teacher's ODE trajectory, and the trajectory's clean end."""
     return frame_mean((x0_from_flow(x_t, velocity(x_t, t), t) - x_end).square(), t)
 
 
 def anchor_loss(x, x_end):
-    """mean || x - x_end ||^2: the clip that the student writes from a trajectory's noise, against the trajectory's clean end (DMD,
-    2311.18828, eq. 9, there with a perceptual distance). A regression is charged for every future that is missing."""
+    """mean || x - x_end ||^2: stage 1's regression on the student's own rollout from the noise of
+    a trajectory (DMD, 2311.18828, eq. 9, there with a perceptual distance).
+
+    DMD and the discriminator do not charge a student for futures that it leaves out; this does."""
     return F.mse_loss(x.float(), x_end)
 
 
-# ---------------------------------------------------------------- stage II
-
+# ---------------------------------------------------------------- stage 2
 def dmd_gradient(x, x0_real, x0_fake):
-    """(x0_fake - x0_real) / mean|x - x0_real|, the mean over a clip (paper eq. 6; DMD, 2311.18828, eq. 7-8).
+    """(x0_fake - x0_real) / mean|x - x0_real|, the mean over a clip (paper eq. 6; DMD eq. 7-8).
 
-    x: the student's clip; x0_real, x0_fake: what the real (guided) and the fake score make of it once it is noised.
-    Undefined 0/0 (student = teacher) gives 0."""
+    x: the student's clip; x0_real, x0_fake: the clean clips that the real score (the teacher) and
+    the fake score see behind the noised x. 0/0, a student equal to its teacher, gives 0."""
     scale = (x - x0_real).abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)
     return torch.nan_to_num((x0_fake - x0_real) / scale)
 
 
-def dmd_loss(x, grad, mask=None):
-    """0.5 mean|| x - stopgrad(x - grad) ||^2, whose gradient is grad / count (paper eq. 6).
-
-    mask: optional bool (b, f), frames that count."""
-    exact = torch.float32 if x.device.type == "mps" else torch.float64  # which it does not have
+def dmd_loss(x, grad):
+    """0.5 mean|| x - stopgrad(x - grad) ||^2, whose gradient is grad / count (paper eq. 6)."""
+    exact = torch.float32 if x.device.type == "mps" else torch.float64  # mps has no float64
     x, grad = x.to(exact), grad.to(exact)
-    if mask is not None:
-        x, grad = x[mask], grad[mask]
     return 0.5 * F.mse_loss(x, (x - grad).detach())
 
 
-def change(x):
-    """x[:, 1:] - x[:, :-1], what happens between frames. DMD on it is flow distribution matching (Diagonal Distillation, 2603.09488)."""
+def frame_difference(x):
+    """x[:, 1:] - x[:, :-1], the motion. DMD on it is the flow distribution matching of Diagonal
+    Distillation (2603.09488)."""
     return x[:, 1:] - x[:, :-1]
 
 
-def student_levels(u, shift, low=0.02, high=0.98):
-    """Noise levels for the score networks from u ~ U[0, 1]: shifted, then clamped away from both ends (DMD2)."""
-    return shift_time(u, shift).clamp(low, high)
+def motion(x, lag=4):
+    """Root mean square difference of frames `lag` apart; it falls when a student turns static."""
+    lag = min(lag, x.shape[1] - 1)
+    return (x[:, lag:] - x[:, :-lag]).detach().square().flatten(1).mean(1).sqrt().mean()
 
 
-# ---------------------------------------------------------------- stage III
-
+# ---------------------------------------------------------------- stage 3
 def logistic_d_loss(real, fake):
     """softplus(-D(real)) + softplus(D(fake)), logits of any shape (paper eq. 8)."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
 def logistic_g_loss(real, fake):
-    """softplus(-D(fake)) (paper eq. 9). The real logits are not used; both GAN losses take the same arguments."""
+    """softplus(-D(fake)) (paper eq. 9). `real` is unused: GAN losses take the same arguments."""
     return F.softplus(-fake).mean()
 
 
 def relativistic_d_loss(real, fake):
-    """softplus(-(D(real) - D(fake))), in pairs of the same condition (R3GAN, 2501.05441, eq. 2; ASD, 2511.01419)."""
+    """softplus(-(D(real) - D(fake))), in pairs of one condition (R3GAN, 2501.05441, eq. 2)."""
     return F.softplus(fake - real).mean()
 
 
@@ -132,12 +145,18 @@ def relativistic_g_loss(real, fake):
     return F.softplus(real - fake).mean()
 
 
-GAN_LOSSES = {"logistic": (logistic_d_loss, logistic_g_loss), "relativistic": (relativistic_d_loss, relativistic_g_loss)}
+logistic_g_loss.paired = False
+relativistic_g_loss.paired = True  # needs the logits of real clips too
+GAN_LOSSES = {  # name -> (the discriminator's loss, the student's loss)
+    "logistic": (logistic_d_loss, logistic_g_loss),
+    "relativistic": (relativistic_d_loss, relativistic_g_loss),
+}
 
 
-def approximate_r(discriminate, x_t, logits, delta):
-    """|D(x) - D(x + delta)|^2, delta ~ N(0, sigma^2): R1 on real clips, R2 on generated ones (paper eq. 10; APT,
-    2501.08316, eq. 6). A finite difference in place of the gradient penalty: no double backward, which FSDP2 refuses.
+def approx_r1_r2(discriminate, x_t, logits, delta):
+    """|D(x) - D(x + delta)|^2, delta ~ N(0, sigma^2): R1 on real clips, R2 on generated ones
+    (paper eq. 10; APT, 2501.08316, eq. 6).
 
-    discriminate: callable x_t -> logits at the SAME noise level; logits: D(x_t)."""
+    A finite difference in place of a gradient penalty: it needs no second backward pass, which
+    FSDP2 refuses. discriminate: callable x_t -> logits at the SAME noise level; logits: D(x_t)."""
     return (logits - discriminate(x_t + delta)).square().mean()

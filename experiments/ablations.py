@@ -1,116 +1,431 @@
-"""The tables of the README: the recipe and its controls over several training seeds, scored on the same held-out clips.
+"""The tables of docs/results.md: the recipe, its controls and one change at a time, over several
+training seeds.
 
-    python experiments/ablations.py --out out/table --seeds 0 1 2             train, score, print (hours on a laptop, resumable)
-    python experiments/ablations.py --out out/table --seeds 0 --print          print what is there
-    python experiments/ablations.py --out out/table --judges                   also GAN alone, with the four judges of the paper's table 3
+    python experiments/ablations.py --table stages --seeds 0 1 2   train what is missing, print it
+    python experiments/ablations.py --table parts                  another table of the same runs
+    python experiments/ablations.py --table parts --print          print what is there
 
-    stage0 .. stage3       the recipe
-    stage2-longer          a control of stage 3: stage 2 goes on for as long as stage 3 takes
-    stage3-no-gan          the other control: all of stage 3 but its discriminator
-    stage3-no-warmup       stage 3 from stage 1, without stage 2 (the paper's table 2; fewer steps in all)
-    stage3-gan-alone       the adversarial term without DMD at its side, as in the paper
-    stage3-<judge>         the same with another judge, causal or bidirectional, frame-wise or video-wise (the paper's table 3)
+A row is one training run of a stage, in <out>/seedN/stageN-TAG, and its scores on the held-out
+clips that no setting was chosen by (--held-out report). A row is printed as soon as it is known.
+Rows that several tables share are trained once; give the same command again and it goes on where it
+was stopped.
+
+    stages          real clips, teacher, stages 1 to 3, controls, 2 and 4 passes, without anchor
+    parts           DMD and the adversarial loss: cache gradient, low noise levels, anchor
+    discriminators  causal or bidirectional, a logit a clip or a frame (the paper's table 3)
+    lambda          the weight of R1 and R2 (figure 9)
+    warmup          stage 3 from stage 1 and from stage 2 (table 2)
+    noise           the levels at which the discriminator looks
+    backbone        its backbone's learning rate
+    steps           how long stages 2 and 3 are trained
 """
+
 import os
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
-from data import Flags, explain, read_json
-from model import require
-
-RECIPE = [("stage0", "--stage 0"), ("stage1", "--stage 1"), ("stage2", "--stage 2"), ("stage3", "--stage 3")]
-CONTROLS = [("stage2-longer", "--stage 2 --tag longer --init {out}/stage2 --iters 195 --stop-motion 0 --critic-warmup 0"),
-            ("stage3-no-gan", "--stage 3 --tag no-gan --gan 0"),
-            ("stage3-no-warmup", "--stage 3 --tag no-warmup --init {out}/stage1")]
-ALONE = "--dmd 0 --gan 1 --lr 1e-4 --betas 0 0.99 --warmup 15 --critic-lr 1e-3 --critic-warmup 40 --disc-updates 3 --iters 160"
-JUDGES = [("stage3-gan-alone", f"--stage 3 --tag gan-alone {ALONE}"),
-          ("stage3-bidirectional-framewise", f"--stage 3 --tag bidirectional-framewise {ALONE} --disc-framewise"),
-          ("stage3-causal-video", f"--stage 3 --tag causal-video {ALONE} --disc-causal"),
-          ("stage3-causal-framewise", f"--stage 3 --tag causal-framewise {ALONE} --disc-causal --disc-framewise")]
-COLUMNS = {"quality_error": "error", "first_error": "first", "last_error": "last", "error_growth": "growth", "drift": "drift", "dynamic_degree": "dynamic",
-           "displacement": "displ.", "jitter": "jitter", "path_px": "path px", "caption_agreement": "caption",
-           "subject_consistency": "subject", "i2v_subject": "i2v subject", "i2v_background": "i2v backgr."}
+from data import HELD_OUT_SETS
+from utils.errors import friendly_errors, require
+from utils.files import read_json, write_json
+from utils.settings import Parser
 
 
-def run_seed(out, seed, plan, clips, threads, extra):
-    """Train and score every row of the plan for one seed; what is finished is kept. Returns the seed if a row fails, and says so at once."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    folder = Path(out) / f"seed{seed}"
+@dataclass
+class Row:
+    """One line of a table: a stage trained with some flags, scored at some number of passes."""
+
+    name: str  # what the table calls it
+    folder: str  # stageN or stageN-TAG, or "real"
+    flags: str = ""  # of train.py, beside --stage and --tag; {out} is the folder of the seed
+    after: str = ""  # the row's folder that must be finished before this one starts
+    steps: int = 0  # network passes a chunk at scoring; 0: as trained
+
+
+REAL = Row("real clips through the codec", "real")
+TEACHER = Row("teacher, 8 passes a clip", "stage0")
+STAGE1 = Row("stage 1", "stage1", after="stage0")
+STAGE2 = Row("stage 2", "stage2", after="stage1")
+STAGE3 = Row("stage 3", "stage3", after="stage2")
+RECIPE = [REAL, TEACHER, STAGE1, STAGE2, STAGE3]
+ON = "--init {out}/stage2 --student-start 0 --stop-spread 0"
+CONTROL = Row(
+    "control: stage 2 trained on, as many steps", "stage2-control", f"{ON} --iters 150", "stage2"
+)
+LONGER = Row(
+    "control: stage 2 trained on, as many minutes", "stage2-longer", f"{ON} --iters 400", "stage2"
+)
+PURE2 = Row("stage 2 without anchor", "stage2-pure", "--ode-anchor 0", "stage1")
+PURE3 = Row(
+    "stage 3 from it, without anchor (the paper's form)",
+    "stage3-pure",
+    "--ode-anchor 0 --init {out}/stage2-pure",
+    "stage2-pure",
+)
+FROM1 = Row("stage 3 from stage 1", "stage3-from1", "--init {out}/stage1", "stage1")
+
+
+def parts():
+    """DMD from stage 1 and the adversarial loss from stage 2: cache gradient x levels x anchor."""
+    rows = []
+    for stage, what, level in ((2, "DMD", "--score-shift"), (3, "adversarial", "--gan-shift")):
+        for cache in (False, True):
+            for shift, levels in ((1.0, "all levels"), (0.3, "low levels")):
+                for anchor in (0.0, 0.15):
+                    with_cache = "with" if cache else "no"
+                    name = f"{what}, {levels}, {with_cache} cache gradient, anchor {anchor:g}"
+                    tag = f"stage{stage}-{'c' if cache else 'n'}{shift:g}a{anchor:g}"
+                    cache_flag = "--cache-grad" if cache else "--no-cache-grad"
+                    flags = f"{cache_flag} {level} {shift:g} --ode-anchor {anchor:g}"
+                    flags += " --stop-spread 0"
+                    rows.append(Row(name, tag, flags, f"stage{stage - 1}"))
+    return rows
+
+
+def stage3(name, tag, flags):
+    """Stage 3 with something changed."""
+    return Row(name, f"stage3-{tag}", flags, "stage2")
+
+
+TABLES = {
+    "stages": [
+        *RECIPE,
+        CONTROL,
+        LONGER,
+        Row("stage 3 at 2 passes", "stage3", after="stage3", steps=2),
+        Row("stage 3 at 4 passes", "stage3", after="stage3", steps=4),
+        PURE2,
+        PURE3,
+    ],
+    "parts": [
+        *RECIPE[:4],
+        PURE2,
+        PURE3,
+        *parts(),
+        Row("DMD, guidance 1.25", "stage2-guided", "--guidance 1.25", "stage1"),
+        Row(
+            "DMD, differences of frames too (weight 4)",
+            "stage2-flow",
+            "--dmd-diff-weight 4",
+            "stage1",
+        ),
+    ],
+    "discriminators": [
+        *RECIPE,
+        PURE3,
+        stage3("bidirectional, a logit a frame", "framewise", "--disc-granularity frame"),
+        stage3("causal, a logit a clip", "causal", "--disc-causal"),
+        stage3(
+            "causal, a logit a frame", "causal-framewise", "--disc-causal --disc-granularity frame"
+        ),
+    ],
+    "lambda": [
+        *RECIPE,
+        PURE3,
+        *(
+            stage3(f"lambda {weight}", f"lambda{weight}", f"--r1r2-weight {weight}")
+            for weight in (0, 5, 60, 200)
+        ),
+    ],
+    "warmup": [*RECIPE, PURE3, FROM1],
+    "noise": [
+        *RECIPE,
+        PURE3,
+        stage3("all levels, U[0, 1]", "noise-all", "--gan-shift 1"),
+        stage3("high levels (shift 3)", "noise-high", "--gan-shift 3"),
+        stage3("low levels, U[0, 0.3]", "noise-low", "--gan-shift 1 --gan-t-max 0.3"),
+        stage3("no noise", "noise-none", "--gan-t-max 0"),
+    ],
+    "backbone": [
+        *RECIPE,
+        PURE3,
+        *(
+            stage3(
+                f"backbone at {rate}" if float(rate) else "backbone frozen",
+                f"backbone{rate}",
+                f"--backbone-lr {rate}",
+            )
+            for rate in ("0", "3e-4", "1e-3")
+        ),
+    ],
+    "steps": [
+        *RECIPE,
+        PURE3,
+        *(
+            Row(
+                f"stage 2, {n} steps, no anchor",
+                f"stage2-steps{n}",
+                f"--ode-anchor 0 --iters {n + 20} --stop-spread 0",
+                "stage1",
+            )
+            for n in (50, 100, 200, 600)
+        ),
+        *(stage3(f"stage 3, {n} steps", f"steps{n}", f"--iters {n + 120}") for n in (50, 100, 400)),
+    ],
+}
+COLUMNS = {
+    "quality_error": "error",
+    "last_error": "last",
+    "energy": "energy",
+    "spread": "spread",
+    "drift": "drift",
+    "long_error": "long",
+    "ghosts": "ghosts",
+    "jitter": "jitter",
+    "displacement": "displ.",
+    "dynamic_degree": "dynamic",
+    "caption_agreement": "caption",
+    "subject_consistency": "subject",
+    "i2v_subject": "i2v subject",
+    "minutes": "minutes",
+}
+RATIOS = (
+    "quality_error",
+    "last_error",
+    "jitter",
+    "subject_consistency",
+    "i2v_subject",
+    "displacement",
+    "drift",
+    "long_error",
+    "energy",
+    "spread",
+)
+
+
+# ---------------------------------------------------------------- one row
+
+
+def scores_path(out, seed, row, which):
+    """Where the scores of a row are kept."""
+    return (
+        Path(out)
+        / f"seed{seed}"
+        / row.folder
+        / f"scores-{which}{f'-steps{row.steps}' if row.steps else ''}.json"
+    )
+
+
+def run(command, folder, threads):
+    """Run one of our programs, its words to output.log. UsageError if it fails."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.log", "a") as log:
-        for _, flags in plan:
-            command = [sys.executable, str(HERE / "train.py"), "--out", str(folder), "--seed", str(seed), "--eval-clips", str(clips),
-                       *(word.format(out=folder) for word in flags.split()), *extra]
-            if subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT).returncode:
-                print(f"seed {seed} failed: see the end of {folder / 'output.log'}", file=sys.stderr, flush=True)
-                return seed
+        done = subprocess.run(
+            [sys.executable, *command],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    require(
+        done.returncode == 0,
+        f"{' '.join(command[1:])} failed: see the end of {folder / 'output.log'}, and give the "
+        "same command again",
+    )
 
 
-def collect(out, seeds, rows):
-    """{row: {score: [one per seed]}} of what has been finished."""
+def finish(row, seed, args, extra):
+    """Train and score a row of one seed unless that has been done; its scores."""
+    folder, path, threads = (
+        Path(args.out) / f"seed{seed}",
+        scores_path(args.out, seed, row, args.held_out),
+        1 if args.jobs > 1 else os.cpu_count(),
+    )
+    if path.is_file():
+        return read_json(path)
+    if row.folder != "real":
+        stage, _, tag = row.folder.removeprefix("stage").partition("-")
+        run(
+            [
+                str(HERE / "train.py"),
+                "--stage",
+                stage,
+                "--out",
+                str(folder),
+                "--seed",
+                str(seed),
+                "--eval-clips",
+                "0",
+                *(["--tag", tag] if tag else []),
+                *row.flags.format(out=folder).split(),
+                *extra,
+            ],
+            folder,
+            threads,
+        )
+    run(
+        [
+            str(HERE / "experiments" / "ablations.py"),
+            "--score",
+            str(path),
+            "--clips",
+            str(args.clips),
+            "--held-out",
+            args.held_out,
+            "--steps",
+            str(row.steps),
+        ],
+        folder,
+        threads,
+    )
+    return read_json(path)
+
+
+def score(path, number, which, steps):
+    """The scores of one row, written to `path` in its stage's folder."""
+    from experiments import evaluate
+
+    folder = path.parent
+    if folder.name == "real":
+        return write_json(path, evaluate.real_scores(folder.parent / "stage0", number, which=which))
+    minutes = read_json(folder / "metrics.json").get("minutes", 0.0)
+    write_json(
+        path,
+        {**evaluate.stage_scores(folder, number, steps or None, which=which), "minutes": minutes},
+    )
+
+
+def run_seed(rows, seed, args, extra):
+    """All rows of a table for one seed, each printed when it is known; what a row starts from comes
+    first."""
+    known = {row.folder: row for table in TABLES.values() for row in table if not row.steps}
+    done = {}
+
+    def with_origin(row):
+        if row.after and row.after not in done:
+            with_origin(known[row.after])
+        done[row.folder] = finish(row, seed, args, extra) if row.folder != "real" else None
+
+    if any(row.folder == "real" for row in rows):
+        with_origin(TEACHER)
+    for row in rows:
+        with_origin(row)
+        print(
+            f"seed {seed}: "
+            + line(
+                row.name, {name: [value] for name, value in finish(row, seed, args, extra).items()}
+            ),
+            flush=True,
+        )
+
+
+# ---------------------------------------------------------------- tables
+
+
+def collect(rows, args):
+    """{row's name: {score: [one per seed]}} of what has been finished."""
     scores = {}
     for row in rows:
-        found = {s: read_json(p) for s in seeds if (p := Path(out) / f"seed{s}" / row / "metrics.json").is_file()}
+        paths = {seed: scores_path(args.out, seed, row, args.held_out) for seed in args.seeds}
+        found = {seed: read_json(path) for seed, path in paths.items() if path.is_file()}
         if found:
-            scores[row] = {name: [f[name] for f in found.values() if name in f] for name in COLUMNS} | {"seeds": list(found)}
+            columns = {name: [f[name] for f in found.values() if name in f] for name in COLUMNS}
+            scores[row.name] = {**columns, "seeds": list(found)}
     return scores
 
 
+def cell(values):
+    """Mean and, in brackets, the largest minus the smallest."""
+    if not values:
+        return ""
+    spread = f" ({max(values) - min(values):.2g})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4g}{spread}"
+
+
+def line(name, values):
+    """A row of the table in Markdown."""
+    return f"| {name} | " + " | ".join(cell(values.get(column, [])) for column in COLUMNS) + " |"
+
+
 def table(scores):
-    """Mean and spread (largest minus smallest, in brackets) over seeds as a Markdown table."""
-    def cell(values):
-        if not values:
-            return ""
-        spread = f" ({max(values) - min(values):.2g})" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.3g}{spread}"
-
-    lines = ["| | seeds | " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * (len(COLUMNS) + 2)]
-    for row, values in scores.items():
-        lines.append(f"| {row} | {len(values['seeds'])} | " + " | ".join(cell(values[name]) for name in COLUMNS) + " |")
-    return "\n".join(lines)
+    """Mean and spread over seeds as a Markdown table."""
+    head = ["| | " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * (len(COLUMNS) + 1)]
+    return "\n".join(head + [line(name, values) for name, values in scores.items()])
 
 
-def ratios(scores, a, b, names=("quality_error", "last_error", "error_growth", "drift", "jitter", "displacement")):
-    """One line: the means of row a over those of row b."""
+def ratios(scores, a, b):
+    """One line: the means of row a over those of row b, of the same seeds. Jitter as its distance
+    from that of real clips. Scores that one row lacks are left out."""
     if a not in scores or b not in scores or scores[a]["seeds"] != scores[b]["seeds"]:
         return ""
-    parts = [f"{COLUMNS[n]} {statistics.mean(scores[a][n]) / statistics.mean(scores[b][n]):.2f}" for n in names
-             if scores[a][n] and scores[b][n] and statistics.mean(scores[b][n])]
-    return f"{a} / {b}: " + ", ".join(parts)
+    words = []
+    for name in RATIOS:
+        top, bottom, real = (scores.get(row, {}).get(name) for row in (a, b, REAL.name))
+        if not top or not bottom:
+            continue
+        top, bottom = statistics.mean(top), statistics.mean(bottom)
+        if name == "jitter" and real:
+            top, bottom = abs(top - statistics.mean(real)), abs(bottom - statistics.mean(real))
+        if bottom:
+            words.append(f"{COLUMNS[name]} {top / bottom:.3g}")
+    return f"{a} / {b}: " + ", ".join(words)
 
 
-def main(argv=None):
-    """Train what is missing, print the table and the ratios."""
-    parser = Flags(__doc__)
+def flags():
+    """The parser of the command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("--table", choices=list(TABLES), default="stages", help="which table")
     parser.add_argument("--out", default="out/table", help="folder; a folder per seed goes there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
     parser.add_argument("--clips", type=int, default=256, help="held-out clips behind every score")
-    parser.add_argument("--jobs", type=int, default=2, help="seeds trained side by side, one thread each; 1: one seed on all cores")
-    parser.add_argument("--judges", action="store_true", help="also the adversarial term alone, with each of the four judges")
-    parser.add_argument("--print", action="store_true", help="train nothing, print the table of what is finished")
+    parser.add_argument(
+        "--held-out",
+        choices=list(HELD_OUT_SETS),
+        default="report",
+        help="which of the two sets of held-out clips",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=2,
+        help="seeds trained side by side, one thread each; 1: one seed on all cores",
+    )
+    parser.add_argument(
+        "--print", action="store_true", help="train nothing, print the table of what is finished"
+    )
+    parser.add_argument(
+        "--score",
+        type=Path,
+        help="score one stage into this file; what a row does when it has been trained",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=0, help="with --score: network passes a chunk; 0: as trained"
+    )
+    return parser
+
+
+def main(argv=None):
+    """Train and score what is missing of a table, print it and the ratios that matter."""
+    parser = flags()
     args, extra = parser.parse_known_args(argv)
+    if args.score:
+        return score(args.score, args.clips, args.held_out, args.steps)
     if {"--seed", "--stage", "--tag", "--init"} & set(extra):
         parser.error("--seed, --stage, --tag and --init are chosen by this script")
-    plan = RECIPE + CONTROLS + JUDGES * args.judges
+    rows = TABLES[args.table]
     if not args.print:
-        threads = 1 if args.jobs > 1 else os.cpu_count()
         with ThreadPoolExecutor(args.jobs) as pool:
-            failed = [seed for seed in pool.map(lambda seed: run_seed(args.out, seed, plan, args.clips, threads, extra), args.seeds) if seed is not None]
-        require(not failed, f"seeds {failed} failed: mend what their output.log says, and give the same command again; what is finished is kept")
-    scores = collect(args.out, args.seeds, [name for name, _ in RECIPE + CONTROLS + JUDGES])
+            list(pool.map(lambda seed: run_seed(rows, seed, args, extra), args.seeds))
+    scores = collect(rows, args)
     require(scores, f"nothing finished in {args.out}: run this command without --print")
     print(table(scores))
-    for a, b in (("stage2", "stage1"), ("stage3", "stage2"), ("stage3", "stage2-longer"), ("stage3", "stage3-no-gan"),
-                 ("stage3-no-warmup", "stage3"), ("stage3-gan-alone", "stage2")):
-        print(ratios(scores, a, b))
+    for a, b in (
+        (STAGE2, STAGE1),
+        (STAGE3, CONTROL),
+        (STAGE3, LONGER),
+        (PURE3, PURE2),
+        (FROM1, STAGE3),
+    ):
+        words = ratios(scores, a.name, b.name)
+        if words:
+            print(words)
 
 
 if __name__ == "__main__":
-    with explain():
+    with friendly_errors():
         main()

@@ -1,11 +1,14 @@
-"""How fast, and with how much memory: streaming, a training step against its plan, loading a checkpoint. The same on CPU and GPU.
+"""How fast, and with how much memory: streaming, a training step against its plan, loading a
+checkpoint. The same on CPU and GPU.
 
-    python experiments/bench.py stream --preset wan-1.3b wan-14b --rounds 3     480 x 832, chunk by chunk, 1 and 4 passes a chunk
-    python experiments/bench.py step --preset wan-1.3b --recompute --micro-batch 1 --batch-size 1
-    python experiments/bench.py load --preset wan-1.3b --processes 1 2      host memory while a fabricated checkpoint is read
+    python experiments/bench.py stream --preset wan-1.3b --rounds 3      480 x 832, chunk by chunk
+    python experiments/bench.py step --preset wan-1.3b --activation-checkpointing \\
+                                --micro-batch 1 --batch-size 1
+    python experiments/bench.py load --preset wan-1.3b --processes 1 2   memory while it is read
 
 Weights are random: speed and memory do not depend on them. The video VAE is not part of any of it.
 """
+
 import argparse
 import gc
 import platform
@@ -24,43 +27,74 @@ HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
 import train
-from data import Flags, check_device, explain, save_tensors
+from experiments.flops import Flops, matrix_rate
 from experiments.plan import Rehearsal, plan
-from model import PRESETS, Config, UsageError, build, load_into, open_weights, require
-from parallel import Flops, matrix_rate, now, own_rows, processes, shard, world
+from model import PRESETS, Config, build
 from sample import rollout
+from scale.parallel import local_shard, processes, shard, world
+from utils.errors import UsageError, check_device, friendly_errors, require
+from utils.files import save_tensors
+from utils.settings import Parser, cuda_or_cpu, synced_time
+from utils.weights import load_into, open_weights
 
-PAPER = {("wan-1.3b", 1): 43.37, ("wan-1.3b", 4): 17.70, ("wan-14b", 1): 14.33, ("wan-14b", 4): 5.71}  # frames/s, one H100, VAE included
+PAPER = {
+    ("wan-1.3b", 1): 43.37,
+    ("wan-1.3b", 4): 17.70,
+    ("wan-14b", 1): 14.33,
+    ("wan-14b", 4): 5.71,
+}  # frames/s, one H100, VAE included
 
 
 def header(device):
     """Device and versions, a line."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return f"{name}; torch {torch.__version__}; Python {platform.python_version()}; bfloat16 products {matrix_rate(device) / 1e12:.3g} TFLOP/s"
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
+    rate, python = matrix_rate(device) / 1e12, platform.python_version()
+    versions = f"torch {torch.__version__}; Python {python}"
+    return f"{name}; {versions}; bfloat16 products {rate:.3g} TFLOP/s"
 
 
 # ---------------------------------------------------------------- streaming
 
+
 @torch.no_grad()
 def stream(net, size, steps, reuse, chunks):
-    """(seconds to the first chunk, frames a second after it, FLOP/s of the last chunk) of the network alone.
+    """(seconds to the first chunk, frames a second after it, FLOP/s of the last chunk) of the
+    network alone.
 
-    Frames are those of the video: a latent frame of Wan's is four. The rate is the median of the second half of the
-    chunks, when the window is full. With `reuse`, a finished chunk enters the cache as the last pass left it, which saves its context pass."""
+    Frames are those of the video: a latent frame of Wan's is four. The rate is the median of the
+    second half of the chunks, when the window is full. With `reuse`, a finished chunk enters the
+    cache as the last pass left it, which saves its context pass."""
     cfg, device, dtype = net.cfg, net.head.modulation.device, net.head.modulation.dtype
     generator = torch.Generator(device).manual_seed(0)
-    randn = lambda f: torch.randn(1, f, cfg.in_dim, *size, generator=generator, device=device, dtype=dtype)
-    text, work, times = torch.randn(1, cfg.text_len, cfg.text_dim, generator=generator, device=device, dtype=dtype), Flops(), []
+    options = dict(generator=generator, device=device, dtype=dtype)
+
+    def randn(f):
+        return torch.randn(1, f, cfg.in_dim, *size, **options)
+
+    text = torch.randn(1, cfg.text_len, cfg.text_dim, **options)
+    work, times = Flops(), []
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         for _ in range(2):  # the first stream warms the kernels up
-            began, times = now(device), []
-            parts = rollout(net, randn(cfg.first), text, randn, None, steps, context_level=-1.0 if reuse else 0.0)
+            began, times = synced_time(device), []
+            parts = rollout(
+                net,
+                randn(cfg.first),
+                text,
+                randn,
+                None,
+                steps,
+                context_level=-1.0 if reuse else 0.0,
+            )
             for _, _ in zip(range(chunks + 1), parts):  # the image, then the chunks
-                times.append(now(device) - began)
+                times.append(synced_time(device) - began)
         with work:
             next(parts)
     seconds = [end - start for start, end in zip(times[1:], times[2:])]
-    per_chunk = statistics.median(seconds[-max(2, len(seconds) // 2):])
+    per_chunk = statistics.median(seconds[-max(2, len(seconds) // 2) :])
     frames = cfg.chunk * (4 if cfg.in_dim == 16 else 1)
     return times[1] - times[0], frames / per_chunk, work.flops / per_chunk
 
@@ -72,48 +106,76 @@ def unset(cfg):
 
 
 def bench_stream(args, device):
-    """The table of streaming speeds: medians of rounds in which the streams take turns, so that a busy moment of the machine hits all."""
+    """The table of streaming speeds: medians of rounds in which the streams take turns, so that a
+    busy moment of the machine hits all."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    peak, kinds, ratios = matrix_rate(device, dtype), [(steps, reuse) for steps in args.steps for reuse in (False, True)], []
-    print("| preset | latent | passes | context pass | s to first chunk | frames/s | of matrix rate | paper, one H100 with VAE |\n|" + "---|" * 8)
+    peak, kinds, ratios = (
+        matrix_rate(device, dtype),
+        [(steps, reuse) for steps in args.steps for reuse in (False, True)],
+        [],
+    )
+    print(
+        "| preset | latent | passes | context pass | s to first chunk | frames/s | of matrix rate "
+        "| paper, one H100 with VAE |\n|"
+        + "---|" * 8
+    )
     for preset in args.preset:
         net = unset(Config(**PRESETS[preset])).to(dtype).to_empty(device=device)
         for p in net.parameters():
             torch.nn.init.normal_(p, std=0.02)
-        size = tuple(args.latent_size) if args.latent_size else (60, 104) if preset != "toy" else (8, 8)
-        rounds = [[stream(net, size, *kind, args.chunks) for kind in kinds] for _ in range(args.rounds)]
+        size = (
+            tuple(args.latent_size)
+            if args.latent_size
+            else (60, 104)
+            if preset != "toy"
+            else (8, 8)
+        )
+        rounds = [
+            [stream(net, size, *kind, args.chunks) for kind in kinds] for _ in range(args.rounds)
+        ]
         for (steps, reuse), streams in zip(kinds, zip(*rounds)):
             first, rate, flops = map(statistics.median, zip(*streams))
-            print(f"| {preset} | {size[0]} x {size[1]} | {steps} | {'reused' if reuse else 'yes'} | {first:.3f} | {rate:.2f} | "
-                  f"{flops / peak:.0%} | {PAPER.get((preset, steps), '')} |", flush=True)
+            print(
+                f"| {preset} | {size[0]} x {size[1]} | {steps} | {'reused' if reuse else 'yes'} | "
+                f"{first:.3f} | {rate:.2f} | "
+                f"{flops / peak:.0%} | {PAPER.get((preset, steps), '')} |",
+                flush=True,
+            )
         few, many = (kinds.index((steps, False)) for steps in (min(args.steps), max(args.steps)))
         ratio = [streams[few][1] / streams[many][1] for streams in rounds]
-        ratios.append(f"{preset}, with the context pass: {min(args.steps)} against {max(args.steps)} passes {statistics.median(ratio):.2f} times "
-                      f"the frames a second (median of {len(ratio)} rounds, {min(ratio):.2f} to {max(ratio):.2f})")
+        ratios.append(
+            f"{preset}, with the context pass: {min(args.steps)} against {max(args.steps)} passes "
+            f"{statistics.median(ratio):.2f} times the frames a second (median of {len(ratio)} "
+            f"rounds, {min(ratio):.2f} to {max(ratio):.2f})"
+        )
         del net
     print("\n" + "\n".join(ratios))
 
 
 # ---------------------------------------------------------------- a training step
 
+
 def measured_step(cfg):
-    """(seconds, peak bytes) of a training step with random weights; on a CPU the peak is that of PyTorch's allocations
-    on top of weights and optimizer states, on a GPU the whole."""
+    """(seconds, peak bytes) of a training step with random weights; on a CPU the peak is that of
+    PyTorch's allocations on top of weights and optimizer states, on a GPU the whole."""
     gc.collect()  # checkpointed blocks are cycles, and would still be there
-    run = Rehearsal(replace(cfg, critic_warmup=0))
+    run = Rehearsal(replace(cfg, student_start=0, probe_every=0))
     train.STEPS[cfg.stage](run)  # the first warms the kernels up
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        began = now(run.device)
+        began = synced_time(run.device)
         train.STEPS[cfg.stage](run)
-        return now(run.device) - began, torch.cuda.max_memory_allocated()
-    began = now(run.device)
+        return synced_time(run.device) - began, torch.cuda.max_memory_allocated()
+    began = synced_time(run.device)
     train.STEPS[cfg.stage](run)
-    seconds = now(run.device) - began
+    seconds = synced_time(run.device) - began
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         train.STEPS[cfg.stage](run)
     alive = peak = 0
-    for event in sorted((e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    ):
         alive += event.nbytes()
         peak = max(peak, alive)
     return seconds, peak
@@ -122,22 +184,34 @@ def measured_step(cfg):
 def bench_step(args, device, rest):
     """A table of training steps: seconds, and the peak against what plan.py said."""
     given = train.parse(rest)
-    require(not {"plan", "gpus"} & given.keys(), "bench.py step measures, and prints the plan beside it: leave out --plan and --gpus")
-    given = {**given, "device": device.type, **({"latent_size": tuple(args.latent_size)} if args.latent_size else {})}
-    print("| preset | stage | clips | s a step | peak GB | planned GB | planned / peak |\n|" + "---|" * 7)
+    given = {
+        **given,
+        "device": device.type,
+        **({"latent_size": tuple(args.latent_size)} if args.latent_size else {}),
+    }
+    print(
+        "| preset | stage | clips | s a step | peak GB | planned GB | planned / peak |\n|"
+        + "---|" * 7
+    )
     for preset in args.preset:
         for stage in args.stages:
-            cfg = train.settle({**given, "preset": preset}, stage)
+            cfg = train.make_config({**given, "preset": preset}, stage)
             seconds, peak = measured_step(cfg)
             costs = plan(cfg, 1)
             planned = costs["total"] if device.type == "cuda" else costs["activations"]
-            print(f"| {preset} | {stage} | {cfg.batch_size} | {seconds:.2f} | {peak / 1e9:.3f} | {planned / 1e9:.3f} | {planned / peak:.3f} |", flush=True)
+            print(
+                f"| {preset} | {stage} | {cfg.batch_size} | {seconds:.2f} | {peak / 1e9:.3f} | "
+                f"{planned / 1e9:.3f} | {planned / peak:.3f} |",
+                flush=True,
+            )
 
 
 # ---------------------------------------------------------------- loading
 
+
 def anonymous():
-    """Bytes of this process that are its own. Pages of a mapped file are not: the system takes them back when it likes."""
+    """Bytes of this process that are its own. Pages of a mapped file are not: the system takes them
+    back when it likes."""
     status = Path("/proc/self/status")
     for line in status.read_text().splitlines() if status.is_file() else ():
         if line.startswith("RssAnon"):
@@ -146,7 +220,8 @@ def anonymous():
 
 
 def load_here(preset, path):
-    """Load `path` into a sharded network; prints this process's share and the most it held at once beyond the start, in bytes."""
+    """Load `path` into a sharded network; prints this process's share and the most it held at once
+    beyond the start, in bytes."""
     cfg, most, done = Config(**PRESETS[preset]), [0], threading.Event()
 
     def watch():
@@ -158,62 +233,126 @@ def load_here(preset, path):
         before = anonymous()
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
-        load_into(net.to_empty(device="cpu"), open_weights(path), path, own_rows)
+        load_into(net.to_empty(device="cpu"), open_weights(path), path, local_shard)
         done.set()
         watcher.join()
-        share = sum(own_rows(p)[0].numel() * 4 for p in net.parameters())
-        sys.stdout.write(f"rank {world()[0]}: {share} {max(most[0], anonymous()) - before}\n")  # line and end at once: the others write too
+        share = sum(local_shard(p)[0].numel() * 4 for p in net.parameters())
+        sys.stdout.write(
+            f"rank {world()[0]}: {share} {max(most[0], anonymous()) - before}\n"
+        )  # line and end at once: the others write too
         sys.stdout.flush()
         del net
 
 
+def load_in_processes(preset, folder, number):
+    """load_here() in `number` processes: (share, peak) of the one with the largest quotient."""
+    command = [__file__, "load-here", "--preset", preset, "--path", folder]
+    if number > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone"]
+        command = [*torchrun, "--nproc_per_node", str(number), *command]
+    out = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    if out.returncode:
+        why = [f"exit status {out.returncode}, was it short of memory?"]
+        why += [line for line in out.stderr.splitlines() if "rror" in line]
+        raise UsageError(f"loading failed: {why[-1]}")
+    lines = [line for line in out.stdout.splitlines() if line.startswith("rank")]
+    rows = [tuple(map(int, line.split(": ")[1].split())) for line in lines]
+    return max(rows, key=lambda row: row[1] / row[0])
+
+
 def bench_load(args):
-    """Host memory while the weights of a fabricated checkpoint are read, sharded over some processes."""
-    print("| preset | processes | share GB | peak GB | peak / share | largest tensor GB |\n|" + "---|" * 6)
+    """Host memory while the weights of a fabricated checkpoint are read, sharded over some
+    processes."""
+    print(
+        "| preset | processes | share GB | peak GB | peak / share | largest tensor GB |\n|"
+        + "---|" * 6
+    )
     for preset in args.preset:
         with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
-            shapes = {name: p.shape for name, p in unset(Config(**PRESETS[preset])).named_parameters()}
-            save_tensors(Path(folder) / "model.safetensors", {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()})
+            shapes = {
+                name: p.shape for name, p in unset(Config(**PRESETS[preset])).named_parameters()
+            }
+            save_tensors(
+                Path(folder) / "model.safetensors",
+                {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()},
+            )
             for number in args.processes:
-                launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)] if number > 1 else []
-                out = subprocess.run([sys.executable, *launcher, __file__, "load-here", "--preset", preset, "--path", folder],
-                                     capture_output=True, text=True)
-                if out.returncode:
-                    why = [line for line in out.stderr.splitlines() if "rror" in line] or [f"exit status {out.returncode}, was it short of memory?"]
-                    raise UsageError(f"loading failed: {why[-1]}")
-                rows = [[int(n) for n in line.split(": ")[1].split()] for line in out.stdout.splitlines() if line.startswith("rank")]
-                share, peak = max(rows, key=lambda row: row[1] / row[0])
-                print(f"| {preset} | {number} | {share / 1e9:.3f} | {peak / 1e9:.3f} | {peak / share:.2f} | "
-                      f"{max(s.numel() for s in shapes.values()) * 4 / 1e9:.3f} |", flush=True)
+                share, peak = load_in_processes(preset, folder, number)
+                print(
+                    f"| {preset} | {number} | {share / 1e9:.3f} | {peak / 1e9:.3f} | "
+                    f"{peak / share:.2f} | "
+                    f"{max(s.numel() for s in shapes.values()) * 4 / 1e9:.3f} |",
+                    flush=True,
+                )
+
+
+def flags():
+    """The parser of the command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("what", choices=["stream", "step", "load", "load-here"])
+    parser.add_argument("--preset", nargs="+", default=["toy"], help="shapes to measure")
+    parser.add_argument("--device", default=cuda_or_cpu(), help="cuda or cpu")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[1, 4], help="stream: passes per chunk"
+    )
+    parser.add_argument("--chunks", type=int, default=12, help="stream: chunks per measurement")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=9,
+        help="stream: measurements of each, of which the medians are printed",
+    )
+    parser.add_argument(
+        "--latent-size",
+        type=int,
+        nargs=2,
+        help="stream and step: height and width of a latent frame; default: 60 104",
+    )
+    parser.add_argument(
+        "--stages",
+        type=int,
+        nargs="+",
+        default=[2, 3],
+        help="step: stages to measure; further flags are train.py's",
+    )
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[1, 2], help="load: numbers of processes"
+    )
+    parser.add_argument(
+        "--scratch", help="load: folder for the fabricated checkpoint; default: the system's"
+    )
+    parser.add_argument("--path", help=argparse.SUPPRESS)
+    return parser
 
 
 def main(argv=None):
     """One bench, its table."""
-    parser = Flags(__doc__)
-    parser.add_argument("what", choices=["stream", "step", "load", "load-here"])
-    parser.add_argument("--preset", nargs="+", default=["toy"], help="shapes to measure")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 4], help="stream: passes per chunk")
-    parser.add_argument("--chunks", type=int, default=12, help="stream: chunks per measurement")
-    parser.add_argument("--rounds", type=int, default=9, help="stream: measurements of each, of which the medians are printed")
-    parser.add_argument("--latent-size", type=int, nargs=2, help="stream and step: height and width of a latent frame; default: 60 104")
-    parser.add_argument("--stages", type=int, nargs="+", default=[2, 3], help="step: stages to measure; further flags are train.py's")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="load: numbers of processes")
-    parser.add_argument("--scratch", help="load: folder for the fabricated checkpoint; default: the system's")
-    parser.add_argument("--path", help=argparse.SUPPRESS)
-    args, rest = parser.parse_known_args(argv)
-    require(args.chunks >= 2 and min(args.steps) >= 1 and args.rounds >= 1, "--chunks must be at least 2, --steps and --rounds at least 1")
+    args, rest = flags().parse_known_args(argv)
+    require(
+        args.chunks >= 2 and min(args.steps) >= 1 and args.rounds >= 1,
+        "--chunks must be at least 2, --steps and --rounds at least 1",
+    )
     for preset in args.preset:
-        require(preset in PRESETS, f"--preset {preset} is unknown: choose from {', '.join(PRESETS)}")
-    require(not rest or args.what == "step", f"{' '.join(rest)}: unknown; bench.py --help lists every flag")
+        require(
+            preset in PRESETS, f"--preset {preset} is unknown: choose from {', '.join(PRESETS)}"
+        )
+    require(
+        not rest or args.what == "step",
+        f"{' '.join(rest)}: unknown; bench.py --help lists every flag",
+    )
     if args.what == "load-here":
         return load_here(args.preset[0], args.path)
     check_device(args.device)
     device = torch.device(args.device)
     print(header(device) + "\n")
-    {"stream": lambda: bench_stream(args, device), "step": lambda: bench_step(args, device, rest), "load": lambda: bench_load(args)}[args.what]()
+    if args.what == "stream":
+        bench_stream(args, device)
+    elif args.what == "step":
+        bench_step(args, device, rest)
+    else:
+        bench_load(args)
 
 
 if __name__ == "__main__":
-    with explain():
+    with friendly_errors():
         main()

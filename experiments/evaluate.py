@@ -1,71 +1,103 @@
-"""Scores of a trained stage, or of a folder of videos. On the toy world they are exact, since its state is known.
+"""Scores of a trained stage, or of a folder of videos. On the toy world they are exact, since its
+state is known.
 
-    python experiments/evaluate.py out/toy/stage3                 scores of a stage, written to its metrics.json
-    python experiments/evaluate.py out/toy/stage*                 a table, a row per stage
-    python experiments/evaluate.py DIR --clips 256 --steps 4      more clips, four network passes per chunk
-    python experiments/evaluate.py DIR --held-out report          on the clips that are kept for tables
-    python experiments/evaluate.py DIR_OF_VIDEOS                  videos named after held-out toy clips: 0.mp4, 1.gif, ...
+    python experiments/evaluate.py out/toy/stage3              scores, also to its metrics.json
+    python experiments/evaluate.py out/toy/stage*              a table, a row per stage
+    python experiments/evaluate.py DIR --clips 256 --steps 4   more clips, four passes per chunk
+    python experiments/evaluate.py DIR --held-out report       the clips kept for tables
+    python experiments/evaluate.py DIR_OF_VIDEOS               0.mp4, 1.gif: held-out toy clips
 
-The names are VBench's, the definitions are ours: a toy clip can be compared with the truth instead of with a network's taste.
-Scores on 0-100, higher is better; errors are fractions of the object's energy, 0 perfect, 1 as wrong as no object at all.
-Motion is counted between frames in which the object can be found: broken frames do not move.
+The names are VBench's, the definitions are ours: a toy clip can be compared with the truth instead
+of with a network's taste. Scores on 0-100, higher is better; errors are fractions of the object's
+energy, 0 perfect, 1 as wrong as no object at all. Motion is counted between frames in which the
+object can be found: broken frames do not move.
 
-Two axes are judged, and never one alone. Error: is every frame a true frame? Energy and spread: do clips of one image, each
-from its own noise, go where the world would let them go, or all to one place? The row "real" is real clips through the codec,
-against which all others are read: jitter, say, is right at the real value, not at 0.
+Two axes are judged, and never one alone. Error: is every frame a true frame? Energy and spread: do
+clips of one image, each from its own noise, go where the world would let them go, or all to one
+place? The row "real" is real clips through the codec, against which all others are read: jitter,
+say, is right at the real value, not at 0.
 """
+
 import math
 import sys
-from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import (COLOURS, HELD_OUT_SETS, KINDS, VIDEO_ENDINGS, Draws, Flags, PatchCodec, ToyWorld, WordEncoder, dataset, explain, held_out,
-                  read_json, read_video, write_json)
-from model import require
-from parallel import has_bfloat16
-from sample import animate, load_stage
-from train import TrainConfig
+from data import (
+    COLOURS,
+    HELD_OUT_SETS,
+    KINDS,
+    Draws,
+    PatchCodec,
+    ToyWorld,
+    WordEncoder,
+    dataset,
+    held_out_ids,
+)
+from sample import generate, load_stage
+from utils.errors import UsageError, friendly_errors, require
+from utils.files import read_json, write_json
+from utils.media import VIDEO_ENDINGS, read_video
+from utils.settings import Parser, has_bfloat16
 
-BROKEN = 0.25   # a frame with a larger error shows no object
-LAG = 4         # frames over which displacement is measured
-GHOST = 0.1     # a clip with a frame of a larger error is counted as a ghost
-IMAGES, SEEDS, FUTURES = 64, 16, 256  # images whose futures are compared, clips of each, futures of the world for each
+BROKEN = 0.25  # a frame with a larger error shows no object
+LAG = 4  # frames over which displacement is measured
+WORLD = ("data", "size", "turns", "frames", "codec_patch", "in_dim")  # what real clips depend on
+GHOST = 0.1  # a clip with a frame of a larger error is counted as a ghost
+IMAGES, SEEDS, FUTURES = (
+    64,
+    16,
+    256,
+)  # images whose futures are compared, clips of each, futures of the world for each
 
 
-# ---------------------------------------------------------------- where is the object, and how wrong is the frame?
+# ---------------------------------------------------------------- where is the object?
+
 
 def templates(world, kind, step=0.25):
-    """Silhouettes of a kind at every position of a grid: (positions (n, 2), coverage (n, H*W), side of the grid)."""
+    """Silhouettes of a kind at every position of a grid: (positions (n, 2), coverage (n, H*W), side
+    of the grid)."""
     ticks = torch.arange(world.radius, world.size - world.radius + 1e-6, step)
     centres = torch.cartesian_prod(ticks, ticks).flip(1)  # x runs fastest
-    return centres, world.coverage(torch.full((len(centres),), kind), centres).flatten(1), len(ticks)
+    return (
+        centres,
+        world.coverage(torch.full((len(centres),), kind), centres).flatten(1),
+        len(ticks),
+    )
 
 
 def locate(world, state, video, at_once=512):
-    """The nearest true frame of every frame of `video` (b, f, 3, H, W): error (b, f) and position (b, f, 2) in pixels.
+    """The nearest true frame of every frame of `video` (b, f, 3, H, W): error (b, f) and position
+    (b, f, 2) in pixels.
 
-    A true frame is this clip's background with this clip's object anywhere. The error is the squared distance to the
-    nearest one over the energy of the object there."""
-    (b, f), (background, colour) = video.shape[:2], world.layers(state)
-    contrast = colour - background                                                  # (b, 3, H, W)
+    A true frame is this clip's background with this clip's object anywhere. The error is the
+    squared distance to the nearest one over the energy of the object there."""
+    b, f = video.shape[:2]
+    background, colour = world.layers(state)
+    contrast = colour - background  # (b, 3, H, W)
     rest = video - background[:, None]
-    match, power = (rest * contrast[:, None]).sum(2), contrast.square().sum(1)      # (b, f, H, W), (b, H, W)
+    match, power = (
+        (rest * contrast[:, None]).sum(2),
+        contrast.square().sum(1),
+    )  # (b, f, H, W), (b, H, W)
     position = torch.zeros(b, f, 2)
     for kind in range(len(KINDS)):
         rows = (state["kind"] == kind).nonzero()[:, 0]
         if len(rows) == 0:
             continue
         centres, cover, side = templates(world, kind)
-        prior = power[rows].flatten(1) @ cover.square().T                           # (rows, n)
+        prior = power[rows].flatten(1) @ cover.square().T  # (rows, n)
         for i, frames in enumerate(match[rows].flatten(2)):
-            cost = (prior[i] - 2 * frames @ cover.T).view(f, side, side)            # relative to "no object"
+            cost = (prior[i] - 2 * frames @ cover.T).view(f, side, side)  # relative to "no object"
             position[rows[i]] = refine(cost, centres)
-    cover = world.coverage(state["kind"].repeat_interleave(f), position.flatten(0, 1)).unflatten(0, (b, f))
+    cover = world.coverage(state["kind"].repeat_interleave(f), position.flatten(0, 1)).unflatten(
+        0, (b, f)
+    )
     energy = (power[:, None] * cover.square()).sum((2, 3))
     error = rest.square().sum((2, 3, 4)) - 2 * (match * cover).sum((2, 3)) + energy
     return (error / energy).clamp_min(0), position
@@ -79,17 +111,25 @@ def refine(cost, centres):
 
     def offset(low, mid, high):
         bend = low - 2 * mid + high
-        return torch.where(bend > 0, (low - high) / (2 * bend.clamp_min(1e-12)), torch.zeros_like(mid)).clamp(-.5, .5)
+        return torch.where(
+            bend > 0, (low - high) / (2 * bend.clamp_min(1e-12)), torch.zeros_like(mid)
+        ).clamp(-0.5, 0.5)
 
-    inside = lambda i: (i > 0) & (i < side - 1)
-    dx = offset(cost[n, y, (x - 1).clamp_min(0)], cost[n, y, x], cost[n, y, (x + 1).clamp_max(side - 1)]) * inside(x)
-    dy = offset(cost[n, (y - 1).clamp_min(0), x], cost[n, y, x], cost[n, (y + 1).clamp_max(side - 1), x]) * inside(y)
+    def inside(i):
+        return (i > 0) & (i < side - 1)
+    dx = offset(
+        cost[n, y, (x - 1).clamp_min(0)], cost[n, y, x], cost[n, y, (x + 1).clamp_max(side - 1)]
+    ) * inside(x)
+    dy = offset(
+        cost[n, (y - 1).clamp_min(0), x], cost[n, y, x], cost[n, (y + 1).clamp_max(side - 1), x]
+    ) * inside(y)
     step = float(centres[1, 0] - centres[0, 0])
     return centres[best] + torch.stack([dx, dy], 1) * step
 
 
 def recognise(world, state, frame):
-    """The kind and colour (b,), (b,) that explain a frame (b, 3, H, W) best, over all kinds, colours and positions."""
+    """The kind and colour (b,), (b,) that explain a frame (b, 3, H, W) best, over all kinds,
+    colours and positions."""
     background, _ = world.layers(state)
     rest, costs = frame - background, []
     for kind in range(len(KINDS)):
@@ -106,21 +146,30 @@ def crops(world, video, position):
     """The object and what is around it, cut out around `position`: (b, f, 3, k, k)."""
     k, (b, f) = 2 * int(world.radius) + 3, video.shape[:2]
     ticks = torch.arange(k) - (k - 1) / 2
-    grid = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1) + position.flatten(0, 1)[:, None, None]
-    cut = F.grid_sample(video.flatten(0, 1), grid * 2 / world.size - 1, align_corners=False, padding_mode="border")
+    grid = (
+        torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1)
+        + position.flatten(0, 1)[:, None, None]
+    )
+    cut = F.grid_sample(
+        video.flatten(0, 1), grid * 2 / world.size - 1, align_corners=False, padding_mode="border"
+    )
     return cut.unflatten(0, (b, f))
 
 
 def silhouettes(world, kind):
     """The object's mask (b, 1, 1, k, k) in what crops() cuts out."""
-    centre = torch.full((len(kind), 1, 2), world.size // 2 - 0.5)  # of a pixel, so that nothing is interpolated
+    centre = torch.full(
+        (len(kind), 1, 2), world.size // 2 - 0.5
+    )  # of a pixel, so that nothing is interpolated
     return crops(world, world.coverage(kind, centre[:, 0])[:, None, None], centre)
 
 
 # ---------------------------------------------------------------- scores
 
+
 def moved(position, found, lag):
-    """Displacement over `lag` frames (b, f - lag), 0 wherever the object was not found in one of the two."""
+    """Displacement over `lag` frames (b, f - lag), 0 wherever the object was not found in one of
+    the two."""
     lag = min(lag, position.shape[1] - 1)  # of shorter clips, all there is
     step = (position[:, lag:] - position[:, :-lag]).norm(dim=-1)
     return step * (found[:, lag:] & found[:, :-lag])
@@ -132,61 +181,80 @@ def percent(error):
 
 
 def exact_scores(world, state, video, first=1, chunk=3):
-    """All scores of toy clips (b, f, 3, H, W) whose states are known; the first `first` frames are given, not judged.
-    Clips have at least 3 frames, or there is no jitter to speak of."""
+    """All scores of toy clips (b, f, 3, H, W) whose states are known; the first `first` frames are
+    given, not judged. Clips have at least 3 frames, or there is no jitter to speak of."""
     error, position = locate(world, state, video)
     truth = world.centres(state, video.shape[1])
     found, always = error < BROKEN, torch.ones_like(error, dtype=torch.bool)
     background, colour = world.layers(state)
     contrast = (colour - background).square().mean((1, 2, 3))[:, None]
     cut, silhouette = crops(world, video, position), silhouettes(world, state["kind"])
-    differ = lambda a, b: ((a - b).square() * silhouette).sum((2, 3, 4)) / (silhouette.sum((2, 3, 4)) * 3 * contrast)
-    cover = world.coverage(state["kind"].repeat_interleave(video.shape[1]), position.flatten(0, 1)).view(*error.shape, 1, *video.shape[3:])
+
+    cover = world.coverage(
+        state["kind"].repeat_interleave(video.shape[1]), position.flatten(0, 1)
+    ).view(*error.shape, 1, *video.shape[3:])
     bare = (F.max_pool2d(cover.flatten(0, 1), 3, 1, 1).view_as(cover) < 0.01).float()
-    differ_bg = lambda a, b: ((a - b).square() * bare).sum((2, 3, 4)) / (bare.sum((2, 3, 4)) * 3 * contrast)
+    def differ(a, b, mask=silhouette):
+        return ((a - b).square() * mask).sum((2, 3, 4)) / (mask.sum((2, 3, 4)) * 3 * contrast)
+
+    def differ_bg(a, b):
+        return differ(a, b, bare)
     kind, tint = recognise(world, state, video[:, -1])
-    heading = ((position[:, min(3, video.shape[1] - 1)] - position[:, 0]) @ world.directions.T).argmax(1)
-    agree = (kind == state["kind"]) & (tint == state["colour"]) & (heading == state["direction"]) & found[:, -1]
+    step = position[:, min(3, video.shape[1] - 1)] - position[:, 0]
+    heading = (step @ world.directions.T).argmax(1)
+    agree = (kind == state["kind"]) & (tint == state["colour"]) & found[:, -1]
+    agree &= heading == state["direction"]
     made = slice(first, None)
-    jitter = lambda p: (p[:, 2:] - 2 * p[:, 1:-1] + p[:, :-2]).norm(dim=-1).mean().item()
+    bend = (position[:, 2:] - 2 * position[:, 1:-1] + position[:, :-2]).norm(dim=-1)
     return {
         "quality_error": error[:, made].mean().item(),
-        "first_error": error[:, first:first + chunk].mean().item(),
+        "first_error": error[:, first : first + chunk].mean().item(),
         "last_error": error[:, -chunk:].mean().item(),
-        "error_growth": (error[:, -chunk:] - error[:, first:first + chunk]).mean().item(),
-        "dynamic_degree": moved(position, found, 1).mean().item() / moved(truth, always, 1).mean().item(),
-        "displacement": moved(position, found, LAG).mean().item() / moved(truth, always, LAG).mean().item(),
-        "jitter": jitter(position),
+        "error_growth": (error[:, -chunk:] - error[:, first : first + chunk]).mean().item(),
+        "dynamic_degree": moved(position, found, 1).mean().item()
+        / moved(truth, always, 1).mean().item(),
+        "displacement": moved(position, found, LAG).mean().item()
+        / moved(truth, always, LAG).mean().item(),
+        "jitter": bend.mean().item(),
         "ghosts": (error[:, made].amax(1) > GHOST).float().mean().item(),
         "caption_agreement": agree.float().mean().item(),
         "imaging_quality": percent(error[:, made]),
-        "motion_smoothness": percent((position[:, 2:] - 2 * position[:, 1:-1] + position[:, :-2]).norm(dim=-1) / world.radius),
+        "motion_smoothness": percent(bend / world.radius),
         "subject_consistency": percent(differ(cut[:, made], cut[:, made].mean(1, keepdim=True))),
-        "background_consistency": percent(differ_bg(video, video[:, made].median(1, keepdim=True).values)[:, made]),
+        "background_consistency": percent(
+            differ_bg(video, video[:, made].median(1, keepdim=True).values)[:, made]
+        ),
         "i2v_subject": percent(differ(cut, cut[:, :1])[:, made]),
         "i2v_background": percent(differ_bg(video, background[:, None])[:, made]),
     }
 
 
 def drift(quality, segments=8):
-    """Standard deviation of imaging quality over temporal segments of a long rollout, of as equal length as can be, averaged over
-    videos (paper, sec. 5).
+    """Standard deviation of imaging quality over temporal segments of a long rollout, of as equal
+    length as can be, averaged over videos (paper, sec. 5).
 
     quality: (b, f), 0-100."""
-    parts = torch.stack([part.mean(1) for part in quality.tensor_split(min(segments, quality.shape[1]), 1)], 1)
+    parts = torch.stack(
+        [part.mean(1) for part in quality.tensor_split(min(segments, quality.shape[1]), 1)], 1
+    )
     return parts.std(1, unbiased=False).mean().item()
 
 
 def energy_distance(ours, theirs):
-    """How far two clouds of points lie apart, for every image: ours (i, n, d), theirs (i, m, d) -> (i,).
+    """How far two clouds of points lie apart, for every image: ours (i, n, d), theirs (i, m, d) ->
+    (i,).
 
-    (2 E|X - Y| - E|X - X'| - E|Y - Y'|) / E|Y - Y'|, with Euclidean distances and pairs of different draws: 0 on the mean over
-    images if both are drawn from one distribution, below it by chance alone; it grows when ours are elsewhere or too alike."""
+    (2 E|X - Y| - E|X - X'| - E|Y - Y'|) / E|Y - Y'|, with Euclidean distances and pairs of
+    different draws: 0 on the mean over images if both are drawn from one distribution, below it by
+    chance alone; it grows when ours are elsewhere or too alike."""
+
     def among(x):
         n = x.shape[1]
         return torch.cdist(x, x).sum((1, 2)) / (n * (n - 1))
 
-    return (2 * torch.cdist(ours, theirs).mean((1, 2)) - among(ours) - among(theirs)) / among(theirs)
+    return (2 * torch.cdist(ours, theirs).mean((1, 2)) - among(ours) - among(theirs)) / among(
+        theirs
+    )
 
 
 def chunk_ends(frames, first, chunk):
@@ -195,55 +263,81 @@ def chunk_ends(frames, first, chunk):
 
 
 def future_scores(ours, theirs):
-    """Energy and spread of paths (i, n, ends, 2) in pixels, at the ends of the chunks, against the world's (i, m, ends, 2).
+    """Energy and spread of paths (i, n, ends, 2) in pixels, at the ends of the chunks, against the
+    world's (i, m, ends, 2).
 
-    Spread is the root of the ratio of the variances of the last position, summed over images: 1 = as many futures as the world."""
+    Spread is the root of the ratio of the variances of the last position, summed over images: 1 =
+    as many futures as the world."""
     distance = energy_distance(ours.flatten(2), theirs.flatten(2))
-    variance = lambda paths: paths[:, :, -1].var(1).sum()
-    return {"energy": distance.mean().item(), "energy_se": distance.std().item() / math.sqrt(len(distance)),
-            "spread": (variance(ours) / variance(theirs)).sqrt().item()}
+    variance, their_variance = (paths[:, :, -1].var(1).sum() for paths in (ours, theirs))
+    return {
+        "energy": distance.mean().item(),
+        "energy_se": distance.std().item() / math.sqrt(len(distance)),
+        "spread": (variance / their_variance).sqrt().item(),
+    }
 
 
 def general_scores(video, real, first=1):
-    """Scores that need no knowledge of the scene, for clips (b, f, 3, H, W) against real ones of the same first frames."""
-    low = lambda v: F.avg_pool2d(v.flatten(0, 1), 4).unflatten(0, v.shape[:2]).flatten(2)
-    centre = lambda v: v - v.mean(2, keepdim=True)
+    """Scores that need no knowledge of the scene, for clips (b, f, 3, H, W) against real ones of
+    the same first frames."""
     lag = min(LAG, video.shape[1] - 1)
-    change = lambda v: (v[:, lag:] - v[:, :-lag]).abs().mean().item()
+
+    def low(v):
+        v = F.avg_pool2d(v.flatten(0, 1), 4).unflatten(0, v.shape[:2]).flatten(2)
+        return v - v.mean(2, keepdim=True)
+
+    def change(v):
+        return (v[:, lag:] - v[:, :-lag]).abs().mean().item()
     bend = (video[:, 2:] - 2 * video[:, 1:-1] + video[:, :-2]).abs().mean() / 2
-    return {"i2v_fidelity": 100 * F.cosine_similarity(centre(low(video)), centre(low(video[:, :1])), dim=2)[:, first:].mean().item(),
-            "dynamic_degree": change(video) / max(change(real), 1e-9),
-            "motion_smoothness": 100 * (1 - bend.clamp(max=1)).item()}
+    return {
+        "i2v_fidelity": 100
+        * F.cosine_similarity(low(video), low(video[:, :1]), dim=2)[:, first:]
+        .mean()
+        .item(),
+        "dynamic_degree": change(video) / max(change(real), 1e-9),
+        "motion_smoothness": 100 * (1 - bend.clamp(max=1)).item(),
+    }
 
 
 def sharpness(video):
-    """Edge energy of every frame relative to the clip's first: (b, f), 100 = as sharp as the image."""
-    edges = (video[..., 1:] - video[..., :-1]).square().mean((2, 3, 4)) + (video[..., 1:, :] - video[..., :-1, :]).square().mean((2, 3, 4))
+    """Edge energy of every frame relative to the clip's first: (b, f), 100 = as sharp as the
+    image."""
+    edges = (video[..., 1:] - video[..., :-1]).square().mean((2, 3, 4)) + (
+        video[..., 1:, :] - video[..., :-1, :]
+    ).square().mean((2, 3, 4))
     return 100 * (edges / edges[:, :1].clamp_min(1e-9)).clamp(max=2)
 
 
 # ---------------------------------------------------------------- of a stage, of a folder
 
-def as_config(settings):
-    """The TrainConfig that a stage's config.json was written from."""
-    known = {field.name for field in fields(TrainConfig)}
-    return TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in known})
-
 
 @torch.no_grad()
 def make(net, codec, settings, clips, frames, steps, seed=0, at_once=64):
-    """Held-out clips animated by a stage: (videos (b, f, 3, H, W), raw batches, the data they come from). net None: the real
-    clips through the codec. Another `seed` is other noise, and another future, for the same images."""
-    cfg = as_config(settings if net else {**settings, "frames": frames})
+    """Held-out clips animated by a stage: (videos (b, f, 3, H, W), raw batches, the data they come
+    from). net None: the real clips through the codec. Another `seed` is other noise, and another
+    future, for the same images."""
+    cfg = SimpleNamespace(**(settings if net else {**settings, "frames": frames}))
     data, words, made, raws = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim), [], []
     clips = list(clips)
     for i in range(0, len(clips), at_once):
-        part = clips[i:i + at_once]
+        part = clips[i : i + at_once]
         raw, draws = data.batch(part), Draws(part, "evaluate", seed)
         x = codec.encode(raw["video"])
         if net is not None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=settings["dtype"] == "bfloat16" and has_bfloat16("cpu")):
-                x = animate(net, settings, x[:, :cfg.first], words.encode(raw["text"]), lambda n: draws.randn(n, *x.shape[2:]), frames, steps)
+            with torch.autocast(
+                "cpu",
+                torch.bfloat16,
+                enabled=settings["dtype"] == "bfloat16" and has_bfloat16("cpu"),
+            ):
+                x = generate(
+                    net,
+                    settings,
+                    x[:, : cfg.first],
+                    words.encode(raw["text"]),
+                    lambda n: draws.randn(n, *x.shape[2:]),
+                    frames,
+                    steps,
+                )
         made.append(codec.decode(x))
         raws.append(raw)
     return torch.cat(made), raws, data
@@ -255,10 +349,11 @@ def states(raws):
 
 
 def future_paths(net, codec, settings, clips, steps=None, seeds=SEEDS):
-    """Where a stage lets the shape go: (clips, seeds, f, 2) in pixels, a path for every image and seed. net None: the world's own."""
+    """Where a stage lets the shape go: (clips, seeds, f, 2) in pixels, a path for every image and
+    seed. net None: the world's own."""
     frames = settings["frames"]
     if net is None:
-        world = dataset(as_config(settings))
+        world = dataset(SimpleNamespace(**settings))
         return world.futures(clips, FUTURES + seeds, frames)[:, FUTURES:]
     paths = []
     for seed in range(1, seeds + 1):
@@ -268,11 +363,19 @@ def future_paths(net, codec, settings, clips, steps=None, seeds=SEEDS):
 
 
 def scores_of(net, codec, settings, number=256, steps=None, long=True, which="search"):
-    """Scores on `number` held-out clips. With `long`, also those of rollouts 4 times as long, of a quarter of the clips, and of
-    the futures of IMAGES images. net None: of the real clips, through the codec."""
-    clips, frames, first, chunk = held_out(number, which), settings["frames"], settings["first"], settings["chunk"]
+    """Scores on `number` held-out clips. With `long`, also those of rollouts 4 times as long, of a
+    quarter of the clips, and of the futures of IMAGES images. net None: of the real clips, through
+    the codec."""
+    clips, frames, first, chunk = (
+        held_out_ids(number, which),
+        settings["frames"],
+        settings["first"],
+        settings["chunk"],
+    )
     video, raws, data = make(net, codec, settings, clips, frames, steps)
-    toy = isinstance(data, ToyWorld) and first > 0  # without an image nobody can know this clip's background
+    toy = (
+        isinstance(data, ToyWorld) and first > 0
+    )  # without an image nobody can know this clip's background
     scores = {"clips": number, "held_out": which}
     if toy:
         scores |= exact_scores(data, states(raws), video, first, chunk)
@@ -280,7 +383,9 @@ def scores_of(net, codec, settings, number=256, steps=None, long=True, which="se
         scores |= general_scores(video, torch.cat([raw["video"] for raw in raws]), first)
     if long and (toy if net is None else settings["stage"]):
         few = max(1, number // 4)
-        video, raws, _ = make(net, codec, settings, clips[:few], first + 4 * (frames - first), steps)
+        video, raws, _ = make(
+            net, codec, settings, clips[:few], first + 4 * (frames - first), steps
+        )
         if toy:
             error = locate(data, states(raws), video)[0][:, first:]
             scores["long_error"] = error.mean().item()
@@ -290,104 +395,210 @@ def scores_of(net, codec, settings, number=256, steps=None, long=True, which="se
         scores["drift"] = drift(quality)
         scores["long_quality"] = quality.mean().item()
     if long and toy:
-        images, ends = held_out(IMAGES, which), chunk_ends(frames, first, chunk)
+        images, ends = held_out_ids(IMAGES, which), chunk_ends(frames, first, chunk)
         theirs = data.futures(images, FUTURES, frames)
-        scores |= future_scores(future_paths(net, codec, settings, images, steps)[:, :, ends], theirs[:, :, ends])
+        scores |= future_scores(
+            future_paths(net, codec, settings, images, steps)[:, :, ends], theirs[:, :, ends]
+        )
     return scores
 
 
 def stage_scores(folder, number=256, steps=None, long=True, which="search"):
     """Scores of a stage's EMA weights, see scores_of()."""
     net, codec, settings = load_stage(folder)
-    require(codec, f"{folder} was trained on latents, which have no scores here: look at what sample.py makes of it")
+    require(
+        codec,
+        f"{folder} was trained on latents, which have no scores here: look at what sample.py makes "
+        "of it",
+    )
     steps_used = steps or settings["student_steps" if settings["stage"] else "ode_steps"]
-    return {"stage": settings["stage"], "steps": steps_used, **scores_of(net, codec, settings, number, steps, long, which)}
+    return {
+        "stage": settings["stage"],
+        "steps": steps_used,
+        **scores_of(net, codec, settings, number, steps, long, which),
+    }
 
 
 def real_scores(folder, number=256, long=True, which="search"):
     """Scores of the real clips through the codec of a stage: what no network can beat."""
-    settings, codec = read_json(Path(folder) / "config.json"), PatchCodec.load(Path(folder) / "codec.safetensors")
-    return {"stage": "real", **scores_of(None, codec, settings, number, None, long, which)}
+    settings = read_json(Path(folder) / "config.json")
+    codec = PatchCodec.load(Path(folder) / "codec.safetensors")
+    world = {name: settings[name] for name in WORLD}
+    return {"stage": "real", **world, **scores_of(None, codec, settings, number, None, long, which)}
 
 
 def folder_scores(folder, size=32):
-    """Scores of video files named by the number of the held-out toy clip that they continue: 0.mp4, 17.gif, ..."""
-    paths = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in VIDEO_ENDINGS and p.stem.isdecimal())
-    require(paths, f"{folder} holds neither a finished stage nor videos named by clip number (0.mp4, 1.mp4, ...)")
+    """Scores of video files named by the number of the held-out toy clip that they continue: 0.mp4,
+    17.gif, ..."""
+    paths = sorted(
+        p
+        for p in Path(folder).iterdir()
+        if p.suffix.lower() in VIDEO_ENDINGS and p.stem.isdecimal()
+    )
+    require(
+        paths,
+        f"{folder} holds neither a finished stage nor videos named by clip number (0.mp4, 1.mp4, "
+        "...)",
+    )
     videos = [read_video(p, size) for p in paths]
     frames, shortest = min((len(video), path) for video, path in zip(videos, paths))
     require(frames >= 3, f"{shortest} has {frames} frames: a clip to score has 3 or more")
     world = ToyWorld(size, frames)
-    state = world.state([held_out(1)[0] + int(p.stem) for p in paths])
-    return {"stage": Path(folder).name, "clips": len(paths), **exact_scores(world, state, torch.stack([v[:frames] for v in videos]).float() / 127.5 - 1)}
+    state = world.state([held_out_ids(1)[0] + int(p.stem) for p in paths])
+    return {
+        "stage": Path(folder).name,
+        "clips": len(paths),
+        **exact_scores(world, state, torch.stack([v[:frames] for v in videos]).float() / 127.5 - 1),
+    }
 
 
-COLUMNS = {"stage": "stage", "steps": "steps", "quality_error": "error", "last_error": "last", "error_growth": "growth", "energy": "energy",
-           "spread": "spread", "drift": "drift", "long_error": "long", "ghosts": "ghosts", "dynamic_degree": "dynamic",
-           "displacement": "displ.", "jitter": "jitter",
-           "caption_agreement": "caption", "subject_consistency": "subject", "background_consistency": "backgr.",
-           "i2v_subject": "i2v subj.", "i2v_background": "i2v backgr.", "motion_smoothness": "smooth",
-           "imaging_quality": "imaging", "i2v_fidelity": "i2v", "minutes": "minutes"}
+COLUMNS = {
+    "stage": "stage",
+    "steps": "steps",
+    "quality_error": "error",
+    "last_error": "last",
+    "error_growth": "growth",
+    "energy": "energy",
+    "spread": "spread",
+    "drift": "drift",
+    "long_error": "long",
+    "ghosts": "ghosts",
+    "dynamic_degree": "dynamic",
+    "displacement": "displ.",
+    "jitter": "jitter",
+    "caption_agreement": "caption",
+    "subject_consistency": "subject",
+    "background_consistency": "backgr.",
+    "i2v_subject": "i2v subj.",
+    "i2v_background": "i2v backgr.",
+    "motion_smoothness": "smooth",
+    "imaging_quality": "imaging",
+    "i2v_fidelity": "i2v",
+    "minutes": "minutes",
+}
+
+
+def cell(value):
+    """A score as text, empty if there is none."""
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def table(rows, columns=COLUMNS):
     """Scores as a Markdown table, with those of the columns that at least one row has."""
     names = [name for name in columns if any(name in row for row in rows)]
-    cell = lambda v: "" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v)
     lines = ["| " + " | ".join(COLUMNS[n] for n in names) + " |", "|" + "---|" * len(names)]
-    return "\n".join(lines + ["| " + " | ".join(cell(row.get(n)) for n in names) + " |" for row in rows])
+    for row in rows:
+        cells = [cell(row.get(n)) for n in names]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def summary(out):
-    """What the recipe ends with: a row for real clips and for every stage, and where the pictures are."""
-    rows = [{"stage": path.parent.name.removeprefix("stage"), **read_json(path)}
-            for path in (Path(out) / "real" / "metrics.json", *sorted(Path(out).glob("stage[0-3]/metrics.json"))) if path.is_file()]
-    print("\n" + table(rows, "stage quality_error last_error energy spread drift long_error ghosts jitter displacement caption_agreement i2v_fidelity "
-                             "motion_smoothness minutes".split()))
+    """What the recipe ends with: a row for real clips and for every stage, and where the pictures
+    are."""
+    rows = [
+        {"stage": path.parent.name.removeprefix("stage"), **read_json(path)}
+        for path in (
+            Path(out) / "real" / "metrics.json",
+            *sorted(Path(out).glob("stage[0-3]/metrics.json")),
+        )
+        if path.is_file()
+    ]
+    print(
+        "\n"
+        + table(
+            rows,
+            "stage quality_error last_error energy spread drift long_error ghosts jitter "
+            "displacement caption_agreement i2v_fidelity "
+            "motion_smoothness minutes".split(),
+        )
+    )
     if any(Path(out).glob("stage[0-3]/samples.gif")):
-        print(f"\nPictures: {out}/stage*/samples.gif (upper half real clips, lower half the stage's, from the same first frames)")
+        print(
+            f"\nPictures: {out}/stage*/samples.gif (upper half real clips, lower half the stage's, "
+            "from the same first frames)"
+        )
 
 
 def main(argv=None):
-    """Score every folder named on the command line and print a table; a stage's scores also go to its metrics.json, but for those of
-    --steps and --no-long. The first row has the real clips, through the codec of the first stage."""
-    parser = Flags(__doc__)
+    """Score every folder named on the command line and print a table; a stage's scores also go to
+    its metrics.json, but for those of --steps and --no-long. The first row has the real clips,
+    through the codec of the first stage."""
+    parser = Parser(__doc__)
     parser.add_argument("folders", nargs="+", help="stages of a run, or folders of videos")
     parser.add_argument("--clips", type=int, default=256, help="held-out clips")
-    parser.add_argument("--held-out", choices=list(HELD_OUT_SETS), default="search",
-                        help="which of the two sets of held-out clips: one to choose settings by, one for tables")
+    parser.add_argument(
+        "--held-out",
+        choices=list(HELD_OUT_SETS),
+        default="search",
+        help="which of the two sets of held-out clips: one to choose settings by, one for tables",
+    )
     parser.add_argument("--steps", type=int, help="network passes per chunk; default: as trained")
-    parser.add_argument("--no-long", action="store_true", help="leave out the 4 times longer rollout (drift, long error) and the futures (energy, spread)")
+    parser.add_argument(
+        "--no-long",
+        action="store_true",
+        help="leave out the 4 times longer rollout (drift, long error) and the futures (energy, "
+        "spread)",
+    )
     args = parser.parse_args(argv)
-    require(args.clips >= 1 and (args.steps is None or args.steps >= 1), "--clips and --steps must be positive")
+    require(
+        args.clips >= 1 and (args.steps is None or args.steps >= 1),
+        "--clips and --steps must be positive",
+    )
     rows = []
     for folder in map(Path, args.folders):
-        require(folder.is_dir(), f"{folder} is not a folder: name a stage such as out/toy/stage3, or a folder of videos")
+        require(
+            folder.is_dir(),
+            f"{folder} is not a folder: name a stage such as out/toy/stage3, or a folder of videos",
+        )
         if not (folder / "config.json").is_file():
             rows.append(folder_scores(folder))
             continue
-        rows.append(stage_scores(folder, args.clips, args.steps, not args.no_long, args.held_out))
-        if not rows[0]["stage"] == "real":
-            rows.insert(0, real_row(folder, args))
+        scores = stage_scores(folder, args.clips, args.steps, not args.no_long, args.held_out)
+        rows.append(scores)
+        if rows[0]["stage"] != "real":
+            rows.insert(0, real_row(folder, args.clips, args.held_out))
         metrics = folder / "metrics.json"
-        if args.steps or args.no_long:  # a question of its own, whose answer would not fit what stands there
+        if args.steps or args.no_long:  # scores of another kind than those in metrics.json
             continue
         before = read_json(metrics) if metrics.is_file() else {}  # the minutes
-        write_json(metrics, {**before, **rows[-1]})
+        write_json(metrics, {**before, **scores})
     print(table(rows))
 
 
-def real_row(folder, args):
-    """The scores of real clips, kept beside the stages in real/metrics.json, for they are the same for every stage of a run."""
-    path = folder.parent / "real" / "metrics.json"
+def real_row(folder, clips, which):
+    """The scores of real clips, the same for every stage of a run; kept in real/metrics.json."""
+    path, settings = folder.parent / "real" / "metrics.json", read_json(folder / "config.json")
     known = read_json(path) if path.is_file() else {}
-    if (known.get("clips"), known.get("held_out")) == (args.clips, args.held_out):
+    asked = {"clips": clips, "held_out": which, **{name: settings[name] for name in WORLD}}
+    if known.items() >= asked.items():
         return known
-    scores = real_scores(folder, args.clips, which=args.held_out)
+    scores = real_scores(folder, clips, which=which)
     write_json(path, scores)
     return scores
 
 
+def finish_stage(stage, folder, clips, minutes):
+    """What train.py asks for at the end of a stage: its scores on held-out clips, printed beside
+    those of real clips. Writes metrics.json, which marks the stage as finished. clips 0: no
+    scores."""
+    scores = {}
+    if clips:
+        try:
+            scores = stage_scores(folder, clips)
+            print(table([real_row(folder, clips, "search"), scores]))
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            raise UsageError(
+                f"stage {stage} is trained, but scoring it failed ({reason}): python "
+                f"experiments/evaluate.py {folder} shows where; the same command with "
+                "--eval-clips 0 goes on without"
+            ) from error
+    write_json(folder / "metrics.json", {**scores, "minutes": minutes})
+
+
 if __name__ == "__main__":
-    with explain():
+    with friendly_errors():
         main()

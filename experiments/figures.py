@@ -1,316 +1,426 @@
-"""The README's pictures, made into assets/.
+"""The README's pictures, made into assets/. matplotlib draws them, and nothing else needs it.
 
-    python experiments/figures.py masks                who sees whom: teacher, student, critics       masks.png
-    python experiments/figures.py recipe               the four stages and what they hand on          recipe.png
-    python experiments/figures.py example              a first frame for sample.py --image            example.png
-    python experiments/figures.py curves out/toy       training curves of a run, from its logs        curves.png
-    python experiments/figures.py gifs out/toy         the samples of every stage, copied             stageN.gif, stageN.png
-    python experiments/figures.py all out/toy          all of these
+    pip install -r requirements-figures.txt          once
+    python experiments/figures.py masks              who sees whom: teacher, student, discriminator
+    python experiments/figures.py recipe             the four stages and what they hand on
+    python experiments/figures.py cache              what a stream keeps in its KV cache
+    python experiments/figures.py example            a first frame for sample.py --image
+    python experiments/figures.py curves out/toy     training curves of a run, from its logs
+    python experiments/figures.py fan out/toy        where clips of one image go, stage by stage
+    python experiments/figures.py drift out/toy      error over ten clip lengths; or name stages
+    python experiments/figures.py front out/table    error against energy of ablations.py's rows
+    python experiments/figures.py gifs out/toy       the samples of every stage, copied
+    python experiments/figures.py all out/toy        all that this run allows
 
-Lengths are in pixels of the finished picture, which is drawn at twice its size and scaled down for smooth edges. Pillow's
-own font has ASCII letters only: x_{t} and x^{2} stand for what is set lower and higher.
+NAME.png is written, to assets/ or the folder of --assets. A README shows it 900 pixels wide, which
+are 9 inches here: lengths are in hundredths of an inch.
 """
-import functools
 import json
-import math
-import re
-import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(HERE))
 
-from data import HELD_OUT, Flags, ToyWorld, explain, to_uint8, written_whole
-from model import Config, UsageError, block_causal_mask, chunk_bounds, require
+from data import HELD_OUT, ToyWorld, dataset, held_out_ids
+from experiments.ablations import TABLES
+from experiments.evaluate import future_paths, locate, make, states
+from losses import schedule
+from model import Config, KVCache, block_causal_mask, chunk_bounds
+from sample import load_stage
+from train import RECIPES, TrainConfig
+from utils.errors import UsageError, friendly_errors, require
+from utils.files import atomic_write, read_json, read_text
+from utils.media import to_uint8
+from utils.settings import Parser
 
-INK, GREY, RULE, FAINT, WHITE = "#262b33", "#666e79", "#c9ced6", "#eceff3", "#ffffff"
-BLUE, ORANGE, PALE_BLUE, PALE_ORANGE = "#7ba4cf", "#f0a34f", "#dbe7f4", "#fbe0bd"
-CURVES = [("#2f6db0", "#c0d3e8"), ("#cf5f2e", "#f1cfc0")]  # (smoothed, raw)
-STAGES = ["stage 0: teacher", "stage I: ODE initialisation", "stage II: DMD warm-up", "stage III: adversarial"]
-
-
-# ---------------------------------------------------------------- a canvas
-
-font = functools.cache(lambda size: ImageFont.load_default(size=size))
-
-
-class Canvas:
-    """A white picture and the few shapes that the figures need."""
-
-    def __init__(self, width, height, scale=2):
-        self.scale, self.size = scale, (width, height)
-        self.image = Image.new("RGB", (width * scale, height * scale), WHITE)
-        self.draw = ImageDraw.Draw(self.image)
-
-    def up(self, *values):
-        return [round(v * self.scale) for v in values]
-
-    def text(self, x, y, text, size=18, colour=INK, align="l", bold=False):
-        """One line around the height y that starts (l), is centred (m) or ends (r) at x."""
-        parts = [(p[0], p[2:-1]) if p[:2] in ("_{", "^{") else ("", p) for p in re.split(r"([_^]\{.*?\})", text)]
-        fonts = [font(round(size * self.scale * (0.72 if kind else 1))) for kind, _ in parts]
-        widths = [f.getlength(part) / self.scale + 0.08 * size * bool(kind) for f, (kind, part) in zip(fonts, parts)]
-        x -= {"l": 0, "m": 0.5, "r": 1}[align] * sum(widths)
-        for (kind, part), f, width in zip(parts, fonts, widths):
-            base = y + size * {"": 0.35, "_": 0.53, "^": 0}[kind]
-            self.draw.text(self.up(x, base), part, colour, f, anchor="ls", stroke_width=self.scale // 2 if bold else 0)
-            x += width
-
-    def upright(self, x, y, text, size, colour):
-        """One line that reads upwards, centred at (x, y)."""
-        label = Canvas(round(font(size).getlength(text)) + 8, 2 * size, self.scale)
-        label.text(label.size[0] / 2, size, text, size, colour, "m")
-        self.image.paste(label.image.rotate(90, expand=True), self.up(x - size, y - label.size[0] / 2))
-
-    def box(self, x0, y0, x1, y1, fill=None, outline=None, width=1, radius=0):
-        self.draw.rounded_rectangle(self.up(x0, y0, x1, y1), radius * self.scale, fill, outline, round(width * self.scale))
-
-    def line(self, points, colour=INK, width=1.0):
-        self.draw.line([tuple(self.up(*p)) for p in points], colour, round(width * self.scale), joint="curve")
-
-    def arrow(self, points, colour=INK, width=2.0, head=9):
-        """A line along `points` with a head at its end; the last part must be level or upright."""
-        (x0, y0), (x, y) = points[-2:]
-        dx, dy = head * np.sign(x - x0), head * np.sign(y - y0)
-        self.line([*points[:-1], (x - dx, y - dy)], colour, width)
-        wings = [(x - dx + s * dy, y - dy + s * dx) for s in (-0.6, 0.6)]
-        self.draw.polygon([tuple(self.up(*p)) for p in ((x, y), *wings)], colour)
-
-    def save(self, path):
-        with written_whole(path) as temporary:
-            self.image.resize(self.size, Image.Resampling.LANCZOS).save(temporary, optimize=True)
-        print(f"wrote {path}")
+INK, GREY, RULE, FAINT = "#262b33", "#666e79", "#c9ced6", "#eceff3"
+BLUE, ORANGE, MID_BLUE, MID_ORANGE = "#2f6db0", "#cf5f2e", "#7ba4cf", "#e39a6f"
+PALE_BLUE, PALE_ORANGE = "#dbe7f4", "#f8dfd0"
+STAGES = ["stage 0: teacher", "stage 1: ODE initialisation", "stage 2: DMD", "stage 3: adversarial"]
+STYLE = {"font.size": 8, "axes.titlesize": 8.5, "axes.edgecolor": RULE, "axes.labelcolor": GREY,
+         "xtick.color": GREY, "ytick.color": GREY, "axes.axisbelow": True, "axes.grid": True,
+         "grid.color": FAINT, "axes.spines.top": False, "axes.spines.right": False,
+         "legend.frameon": False, "mathtext.fontset": "cm", "figure.constrained_layout.use": True}
+try:
+    import matplotlib
+    from matplotlib import colors, patches
+    from matplotlib.figure import Figure
+    matplotlib.rcParams.update(STYLE)
+except ImportError:  # said when a picture is asked for; the tests read this file without it
+    matplotlib = None
 
 
-# ---------------------------------------------------------------- who sees whom
+def board(height):
+    """A page with one drawing area of 900 x `height`, y downwards, to lay things out by hand."""
+    page = Figure(figsize=(9, height / 100), layout="none")
+    ax = page.add_axes((0, 0, 1, 1), xlim=(0, 900), ylim=(height, 0))
+    ax.axis("off")
+    return page, ax
 
-def draw_mask(canvas, x, y, cell, mask, bounds, outlined):
+
+def say(ax, x, y, words, size=8.0, colour=INK, **more):
+    """Words around the height y."""
+    ax.text(x, y, words, size=size, color=colour, **{"va": "center", **more})
+
+
+def box(ax, x, y, width, height, fill, edge="none", radius=6, line=1.2):
+    """A rectangle with round corners."""
+    style = f"round,pad=0,rounding_size={radius}"
+    ax.add_patch(patches.FancyBboxPatch((x, y), width, height, style, fc=fill, ec=edge, lw=line))
+
+
+def arrow(ax, points, colour=INK, width=1.4):
+    """A line along `points` with a head at its end."""
+    look = {"arrowstyle": "-|>", "color": colour, "lw": width, "shrinkA": 0, "shrinkB": 0}
+    ax.plot(*zip(*points[:-1]), color=colour, lw=width, solid_joinstyle="miter")
+    ax.annotate("", points[-1], points[-2], arrowprops=look)
+
+
+def key(ax, y, entries):
+    """What colours mean: [(x, fill, edge, meaning)]."""
+    for x, fill, edge, meaning in entries:
+        box(ax, x, y - 7, 13, 13, fill, edge, 2, 2)
+        say(ax, x + 20, y, meaning, 8.5)
+
+
+def save(page, assets, name):
+    """Write a picture, sharp on fine screens, in 256 colours: a third of the size."""
+    path = Path(assets) / f"{name}.png"
+    with atomic_write(path) as temporary:
+        page.savefig(temporary, dpi=160)
+        drawn = Image.open(temporary).convert("RGB")
+        drawn.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2).save(temporary, optimize=True)
+    print(f"wrote {path}")
+
+
+# ---------------------------------------------------------------- the method, laid out by hand
+
+CELL, TOP = 22, 56  # side of a matrix element, upper edge of the matrices
+
+
+def draw_mask(ax, x, mask, bounds, outlined):
     """The matrix [query, key] with its axes; chunk starts are the ticks."""
-    side, image = cell * len(mask), bounds[0][1]
-    for q, row in enumerate(mask.tolist()):
-        for k, seen in enumerate(row):
-            colour = FAINT if not seen else BLUE if min(q, k) >= image else ORANGE
-            canvas.box(x + k * cell + 1, y + q * cell + 1, x + (k + 1) * cell - 1, y + (q + 1) * cell - 1, colour, radius=3)
+    side, edges = CELL * len(mask), np.arange(len(mask) + 1) * CELL
+    image = torch.arange(len(mask)) < bounds[0][1]
+    kind = mask * (1 + (image | image[:, None]).int())  # 0 hidden, 1 seen, 2 with the image in it
+    shades = colors.ListedColormap([FAINT, MID_BLUE, MID_ORANGE])
+    ax.pcolormesh(x + edges, TOP + edges, kind, cmap=shades, clim=(0, 2), ec="white", lw=1.3)
     for start, end in bounds:
-        canvas.text(x + (start + 0.5) * cell, y + side + 14, str(start), 16, GREY, "m")
-        canvas.text(x - 9, y + (start + 0.5) * cell, str(start), 16, GREY, "r")
+        middle, span = (start + 0.5) * CELL, (end - start) * CELL
+        say(ax, x + middle, TOP + side + 11, start, colour=GREY, ha="center")
+        say(ax, x - 7, TOP + middle, start, colour=GREY, ha="right")
         if outlined:
-            canvas.box(x + start * cell - 1, y + start * cell - 1, x + end * cell + 1, y + end * cell + 1, None, INK, 2, 4)
-    canvas.text(x + side / 2, y + side + 38, "key frame (is seen)", 17, GREY, "m")
-    canvas.upright(x - 48, y + side / 2, "query frame (sees)", 17, GREY)
+            box(ax, x + start * CELL, TOP + start * CELL, span, span, "none", INK, 3)
+    say(ax, x + side / 2, TOP + side + 28, "key frame (is seen)", colour=GREY, ha="center")
+    say(ax, x - 30, TOP + side / 2, "query frame (sees)", colour=GREY, ha="center", rotation=90)
 
 
-def masks(assets, run=None):
-    """masks.png: one network, two visibilities."""
-    cfg, top, left = Config(), 86, 80
-    cell = 290 // cfg.frames  # of room for the words above
-    causal, bounds = block_causal_mask(cfg.frames, cfg.first, cfg.chunk), chunk_bounds(cfg.frames, cfg.first, cfg.chunk)
-    side = cell * cfg.frames
-    canvas = Canvas(left + 3 * (side + 106) + 20, top + side + 112)
-    for i, (name, what, mask) in enumerate([("teacher", "bidirectional: sees the whole clip", torch.ones_like(causal)),
-                                            ("student", "block-causal: its own chunk and the past", causal),
-                                            ("critics", "bidirectional: judge the whole clip", torch.ones_like(causal))]):
-        x = left + i * (side + 106)
-        canvas.text(x, 26, name, 25, bold=True)
-        canvas.text(x, 57, what, 18, GREY)
-        draw_mask(canvas, x, top, cell, mask, bounds, outlined=mask is causal)
-    right, middle = x + side + 8, top + side / 2
-    canvas.line([(right, top + 2), (right + 9, top + 2), (right + 9, top + side - 2), (right, top + side - 2)], INK, 2)
-    canvas.arrow([(right + 9, middle), (right + 34, middle)])
-    canvas.box(right + 36, middle - 34, right + 104, middle + 34, PALE_ORANGE, INK, 2, 10)
-    for dy, word in ((-11, "one"), (11, "logit")):
-        canvas.text(right + 70, middle + dy, word, 18, align="m", bold=True)
-    canvas.text(right + 104, middle + 54, "discriminator", 15, GREY, "r")
-    x, y = left, top + side + 84
-    for fill, outline, text in ((ORANGE, None, "the image frame sees, or is seen"), (BLUE, None, "other frames see each other"),
-                                (FAINT, None, "hidden"), (WHITE, INK, "a chunk, written at once")):
-        canvas.box(x, y - 9, x + 18, y + 9, fill, outline, 2, 3)
-        canvas.text(x + 28, y, text, 18)
-        x += 78 + font(18).getlength(text)
-    canvas.save(assets / "masks.png")
+def masks(assets, _):
+    """In use nobody can look ahead; the discriminator works in training, when the clip is there."""
+    cfg = Config()
+    causal = block_causal_mask(cfg.frames, cfg.first, cfg.chunk)
+    bounds = chunk_bounds(cfg.frames, cfg.first, cfg.chunk)
+    side, every = CELL * cfg.frames, torch.ones_like(causal)
+    page, ax = board(TOP + side + 82)
+    for i, (name, what, mask) in enumerate([
+            ("teacher", "bidirectional: sees the whole clip", every),
+            ("student", "block-causal: its chunk and the past", causal),
+            ("discriminator", "bidirectional: judges the whole clip", every)]):
+        x = 54 + i * (side + 56)
+        say(ax, x, 17, name, 11, weight="bold")
+        say(ax, x, 38, what, 8.5, GREY)
+        draw_mask(ax, x, mask, bounds, mask is causal)
+    right, middle = x + side + 6, TOP + side / 2
+    for end in (TOP + 1, TOP + side - 1):  # the two halves of a bracket
+        arrow(ax, [(right, end), (right + 6, end), (right + 6, middle), (right + 22, middle)])
+    box(ax, right + 22, middle - 20, 44, 40, PALE_ORANGE, INK)
+    say(ax, right + 44, middle, "one\nlogit", ha="center", weight="bold")
+    key(ax, TOP + side + 64, [
+        (54, MID_ORANGE, "none", "the image sees, or is seen"),
+        (264, MID_BLUE, "none", "frames see each other"),
+        (448, "none", INK, "a chunk, written at once"), (640, FAINT, "none", "hidden")])
+    save(page, assets, "masks")
 
 
-# ---------------------------------------------------------------- the recipe
-
-RECIPE = [  # a stage's [(network, what happens to it)], data, [(loss, formula)]
-    ([("teacher", "trained")], ["real clips and captions"],
-     [("flow matching", "|| v(x_{t}, t) - (eps - x_{0}) ||^{2}"), ("where", "x_{t} = (1 - t) x_{0} + t eps")]),
-    ([("student", "trained"), ("teacher, draws the paths", "frozen")],
-     ["the teacher's ODE paths from", "first frames and captions"],
-     [("regression, a noise level per chunk", "|| G(x_{t}, t) - x_{end} ||^{2}"),
-      ("where", "x_{end} ends the path through x_{t}")]),
-    ([("student", "trained"), ("fake score", "trained"), ("real score = teacher", "frozen")],
-     ["the student's own rollouts x from", "first frames and captions"],
-     [("student moves against", "(x_{fake} - x_{real}) / mean|x - x_{real}|"), ("fake score", "flow matching on x")]),
-    ([("student", "trained"), ("discriminator's heads", "trained"), ("its backbone", "frozen *")],
-     ["the student's own rollouts x, and", "real clips with the same first frame"],
-     [("student", "softplus(-D(x))"), ("discriminator; plus R1 and R2", "softplus(-D(real)) + softplus(D(x))")]),
-]
-HANDED_ON = [["weights", "and", "ODE paths"], ["student's", "weights"], ["student's", "weights"]]
-
-
-def draw_stage(canvas, x, width, title, networks, data, losses):
-    """One box of the recipe, from y = 20 to 480."""
-    canvas.box(x, 20, x + width, 480, WHITE, RULE, 2, 12)
-    canvas.line([(x + 1, 72), (x + width - 1, 72)], RULE, 1.5)
-    canvas.text(x + 16, 47, title, 22, bold=True)
-    for y, caption in ((94, "networks"), (250, "data"), (340, "loss")):
-        canvas.text(x + 16, y, caption, 15, GREY, bold=True)
-    for i, (name, state) in enumerate(networks):
-        y = 110 + i * 38
-        canvas.box(x + 12, y, x + width - 12, y + 32, PALE_ORANGE if state == "trained" else PALE_BLUE, radius=7)
-        canvas.text(x + 22, y + 16, name, 17)
-        canvas.text(x + width - 22, y + 16, state, 16, GREY, "r")
-    for i, line in enumerate(data):
-        canvas.text(x + 16, 275 + i * 24, line)
-    for i, (name, formula) in enumerate(losses):
-        canvas.text(x + 16, 365 + i * 56, name, 16, GREY)
-        canvas.text(x + 16, 389 + i * 56, formula)
+LEVELS = r",\,".join(f"{t:.2g}" for t in [*schedule(TrainConfig.ode_points, Config.shift), 0])
+ANCHOR = ("anchor: a small regression",
+          rf"$+\;{RECIPES['toy'][2]['ode_anchor']:g}\;\|\,x - x_{{\mathrm{{end}}}}\,\|^2$")
+RECIPE = [  # of every stage its networks, data and [(loss, formula)]
+    (["teacher trained"], "real clips, captions",
+     [("flow matching", r"$\|\,v(x_t, t) - (\epsilon - x_0)\,\|^2$"),
+      ("where", r"$x_t = (1 - t)\,x_0 + t\,\epsilon$")]),
+    (["student trained", "teacher frozen"], "the teacher's ODE paths,\nfrom noise to a clean end",
+     [("regression to the path's end", r"$\|\,G(x_t, t) - x_{\mathrm{end}}\,\|^2$"),
+      ("every chunk at its own level", rf"$t \in \{{{LEVELS}\}}$")]),
+    (["student trained", "fake score trained", "real score frozen"], "the student's rollouts $x$",
+     [("student moves against", r"$(x_{\mathrm{fake}} - x_{\mathrm{real}})\,/\,\mathrm{mean}"
+       r"|x - x_{\mathrm{real}}|$"), ANCHOR,
+      ("fake score: flow matching", r"$\|\,v(x_t, t) - (\epsilon - x)\,\|^2$")]),
+    (["student trained", "discriminator $D$ trained", "$D$'s backbone trained"],
+     "rollouts $x$, and real clips\nof the same first frames",
+     [("student", r"$\mathrm{softplus}(-D(x))$"), ANCHOR, ("discriminator", r"$\mathrm{softplus}"
+       r"(-D(\mathrm{real}))$" "\n" r"$+\;\mathrm{softplus}(D(x)) + R_1 + R_2$")])]
+COLUMN, GAP, FLOOR = 190, 43, 372  # width of a stage's box, space between two, lower edge
 
 
-def recipe(assets, run=None):
-    """recipe.png: four stages, their networks, data and losses, and what each hands on."""
-    width, gap, left, bus, blue = 316, 98, 20, 516, CURVES[0][0]
-    canvas = Canvas(2 * left + 4 * width + 3 * gap, 596)
-    xs = [left + i * (width + gap) for i in range(4)]
-    for x, title, stage in zip(xs, STAGES, RECIPE):
-        draw_stage(canvas, x, width, title, *stage)
-    for x, lines in zip(xs, HANDED_ON):
-        canvas.arrow([(x + width + 8, 160), (x + width + gap - 8, 160)], INK, 3, 12)
-        for i, line in enumerate(lines):
-            canvas.text(x + width + gap / 2, 160 - 20 * (len(lines) - i), line, 16, align="m")
-    start = xs[0] + width / 2
-    canvas.text(start + 12, bus + 20, "the teacher's weights", colour=blue)
-    for x, text in ((xs[2], "the real score, and the fake score's start"), (xs[3], "the discriminator's backbone")):
-        end = x + width / 2
-        canvas.arrow([(start, 482), (start, bus), (end, bus), (end, 484)], blue, 2.5, 12)
-        canvas.text(end, bus + 20, text, 18, blue, "m")
-    note = "* at preset toy, which also keeps stage II's term; trained at the Wan presets, as in the paper"
-    canvas.text(xs[3] + width, 576, note, 16, GREY, "r")
-    canvas.save(assets / "recipe.png")
+def draw_stage(ax, x, title, networks, data, losses):
+    """One stage: what is trained, on what, by which loss."""
+    box(ax, x, 8, COLUMN, FLOOR - 8, "white", RULE, 8)
+    say(ax, x + 10, 26, title, 8.3, weight="bold")
+    ax.plot([x, x + COLUMN], [43, 43], color=RULE, lw=1)
+    for y, heading in ((57, "networks"), (159, "data"), (219, "loss")):
+        say(ax, x + 10, y, heading, 7.5, GREY, weight="bold")
+    for y, words in zip((69, 95, 121), networks):
+        name, state = words.rsplit(" ", 1)
+        box(ax, x + 7, y, COLUMN - 14, 22, PALE_ORANGE if state == "trained" else PALE_BLUE)
+        say(ax, x + 14, y + 11, name)
+        say(ax, x + COLUMN - 14, y + 11, state, colour=GREY, ha="right")
+    say(ax, x + 10, 169, data, va="top", linespacing=1.35)
+    for y, (name, formula) in zip((237, 281, 325), losses):
+        say(ax, x + 10, y, name, 7.5, GREY)
+        say(ax, x + 10, y + 10, formula, 8.8, va="top", linespacing=1.2)
 
 
-# ---------------------------------------------------------------- training curves
-
-PLOTS = [  # (stage, title, keys, logarithmic, reference line)
-    (0, "flow matching loss", ["loss"], True, None), (0, "gradient norm", ["grad"], True, None),
-    (1, "regression loss", ["loss"], True, None), (1, "gradient norm", ["grad"], True, None),
-    (2, "distance to the real score's x_{0}", ["distance"], False, None), (2, "fake score's loss", ["fake_loss"], True, None),
-    (2, "motion, real clips = 1", ["motion"], False, 1.0), (2, "gradient norm", ["grad"], True, None),
-    (3, "mean logits: ", ["d_real", "d_fake"], False, 0.0), (3, "pairs judged right, chance = 0.5", ["d_pairs"], False, 0.5),
-    (3, "motion, real clips = 1", ["motion"], False, 1.0), (3, "gradient norm", ["grad"], True, None),
-]
+def draw_bus(ax, y, start, word, ends, colour):
+    """What one stage hands to several others: a line below the boxes, an arrow up to each."""
+    say(ax, start + 7, y - 10, word, 7.5, colour)
+    for end, word in ends:
+        arrow(ax, [(start, FLOOR), (start, y), (end, y), (end, FLOOR + 1)], colour)
+        say(ax, end + 7, y - 10, word, 7.5, colour)
 
 
-def read_log(run, stage):
-    """A stage's log as a list of dicts, a step each."""
-    path = Path(run) / f"stage{stage}" / "log.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError):
-        raise UsageError(f"{path} is missing or damaged: train stage {stage}, or name the folder of another run") from None
+def recipe(assets, _):
+    """Four stages, their networks, data and losses, and what each hands on."""
+    page, ax = board(FLOOR + 60)
+    left = [5 + i * (COLUMN + GAP) for i in range(4)]
+    for x, title, stage in zip(left, STAGES, RECIPE):
+        draw_stage(ax, x, title, *stage)
+    for x in left[2:]:
+        arrow(ax, [(x - GAP + 3, 80), (x - GAP + 4, 80), (x - 3, 80)], width=2)
+        say(ax, x - GAP / 2, 69, "student", 7, ha="center")
+    anchors = [(x + 100, "for the anchor") for x in left[2:]]
+    draw_bus(ax, FLOOR + 24, left[1] + 100, "ODE paths", anchors, ORANGE)
+    starts = ["the student's start", "real score, fake score's start", "the backbone's start"]
+    starts = zip([x + 20 for x in left[1:]], starts)
+    draw_bus(ax, FLOOR + 50, left[0] + 20, "the teacher's weights", starts, BLUE)
+    save(page, assets, "recipe")
 
 
-def smooth(y):
-    """Centred moving average over a twelfth of the curve, shorter at its ends."""
-    kernel = np.ones(len(y) // 12 | 1)
-    return np.convolve(y, kernel, "same") / np.convolve(np.ones(len(y)), kernel, "same")
+def cache(assets, _):
+    """What a stream sees. Neither memory nor positions grow, however long it becomes."""
+    cfg, chunks = Config(), 5
+    bounds = chunk_bounds(cfg.first + chunks * cfg.chunk, cfg.first, cfg.chunk)
+    world, kept = ToyWorld(32, bounds[-1][1], turns=0.2), KVCache(cfg.sink, cfg.window)
+    frames = to_uint8(world.batch([HELD_OUT + 700_004])["video"][0])
+    page, ax = board(chunks * 66 + 42)
+    for y, (start, end) in zip(range(-56, 900, 66), bounds):
+        positions = dict(zip([*kept.kept, *range(start, end)], kept.positions(end - start)[1]))
+        for n in range(end if start else 0):  # the image itself is given
+            x, seen, alpha = 150 + 46 * n, n in positions, 1 if n in positions else 0.2
+            role = INK if n >= start else RULE if not seen else ORANGE if n < kept.sink else BLUE
+            ax.imshow(frames[n], extent=(x, x + 40, y + 40, y), aspect="auto", alpha=alpha)
+            box(ax, x - 1, y - 1, 42, 42, "none", role, 3, 2)
+            say(ax, x + 4, y + 9, n, 6.5, "white" if seen else GREY)
+            say(ax, x + 20, y + 49, positions.get(n, ""), 7, role, ha="center")
+        say(ax, 10, y + 20, f"writes {start} to {end - 1}", 9, weight="bold")
+        say(ax, 10, y + 49, "position in the cache", 7, GREY)
+        kept.present = [[torch.zeros(1, end - start, 1, 1, 1)] * 2]  # what is in it does not matter
+        kept.commit()
+    key(ax, chunks * 66 + 26, [
+        (150, "none", ORANGE, "sink: kept for ever"), (320, "none", BLUE, "window: latest frames"),
+        (530, "none", INK, "the chunk that is written"), (735, "none", RULE, "forgotten")])
+    save(page, assets, "cache")
 
 
-def ticks(low, high, logarithmic=False):
-    """A few round numbers between low and high."""
-    for digits in ((1,), (1, 3), (1, 2, 5)) if logarithmic else ():
-        values = [d * 10.0 ** e for e in range(-9, 10) for d in digits if low <= d * 10.0 ** e <= high]
-        if len(values) >= 3:
-            return values[::math.ceil(len(values) / 5)]
-    unit = 10.0 ** math.floor(math.log10((high - low) / 5))
-    step = unit * next(m for m in (1, 2, 2.5, 5, 10) if 5 * m * unit >= high - low)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+# ---------------------------------------------------------------- what runs did
+
+LONG = {"stage1": (STAGES[1], GREY), "stage2": (STAGES[2], BLUE), "stage3": (STAGES[3], ORANGE),
+        "stage2-control": ("control: stage 2 goes on", MID_BLUE)}
+NAMES = {(row.folder, row.steps): row.name for table in TABLES.values() for row in table}
+PANELS = [  # (stage, title, keys, reference line)
+    (0, "loss", ["loss"], None), (1, "loss", ["loss"], None),
+    (2, "distance to real score", ["distance"], None), (2, "spread over seeds", ["spread"], None),
+    (2, "motion (real clips: 1)", ["motion"], 1.0), (3, "pairs told apart", ["d_pairs"], 0.5),
+    (3, "mean logits", ["d_real", "d_fake"], 0.0), (3, "spread over seeds", ["spread"], None)]
 
 
-def draw_plot(canvas, x, y, width, height, rows, title, keys, logarithmic, reference):
-    """Lines over training steps, the raw numbers faint behind the smoothed ones."""
-    lines = [np.array([(r["step"], r[k]) for r in rows if math.isfinite(r.get(k, math.nan))]).reshape(-1, 2).T for k in keys]
-    canvas.text(x, y - 15, title + "  (log)" * logarithmic, 16)
-    canvas.box(x, y, x + width, y + height, None, RULE)
-    if not all(line.size for line in lines):
-        canvas.text(x + width / 2, y + height / 2, "not logged", 16, GREY, "m")
-        return
-    scale, back = (lambda v: np.log(np.maximum(v, 1e-9)), np.exp) if logarithmic else (np.asarray, np.asarray)
-    ends = [q for _, values in lines for q in np.percentile(values, (0.5, 99.5))]  # rare spikes are cut off
-    ends = scale(ends if reference is None else [*ends, reference])
-    pad, last = 0.06 * np.ptp(ends) or 0.1, max(rows[-1]["step"], 2)
-    low, high = min(ends) - pad, max(ends) + pad
-    to_x = lambda step: x + width * (step - 1) / (last - 1)
-    to_y = lambda v: y + height * (high - np.clip(scale(v), low, high)) / (high - low)
-    for v in ticks(back(low), back(high), logarithmic):
-        canvas.line([(x + 1, to_y(v)), (x + width - 1, to_y(v))], FAINT)
-        canvas.text(x - 7, to_y(v), f"{v:.6g}", 14, GREY, "r")
-    canvas.text(x, y + height + 13, "step", 14, GREY)
-    for step in ticks(0, last):
-        if step == int(step) and to_x(step) > x + 50:
-            canvas.text(to_x(step), y + height + 13, f"{step:.0f}", 14, GREY, "m")
-    if reference is not None:
-        canvas.line([(x, to_y(reference)), (x + width, to_y(reference))], GREY, 1.5)
-    for (_, faint), (steps, values) in zip(CURVES, lines):
-        canvas.line([*zip(to_x(steps), to_y(values))], faint)
-    for i, (key, (colour, _), (steps, values)) in enumerate(zip(keys, CURVES, lines)):
-        canvas.line([*zip(to_x(steps), to_y(smooth(values)))], colour, 2.5)
+def curves(assets, folders):
+    """What the logs say: raw numbers faint, their moving average over a twelfth bold."""
+    page = Figure(figsize=(9, 4.2))
+    for ax, (stage, title, keys, reference) in zip(page.subplots(2, 4).flat, PANELS):
+        lines = read_text(Path(folders[0]) / f"stage{stage}" / "log.jsonl").splitlines()
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # not half a line
+        require(rows, f"{folders[0]}: the log of stage {stage} is empty, wait for its first step")
+        ax.axvspan(0, sum("grad" not in row for row in rows), color=FAINT, lw=0)
+        if reference is not None:
+            ax.axhline(reference, color=GREY, lw=1, ls=(0, (4, 3)))
+        for name, colour in zip(keys, (BLUE, ORANGE)):
+            points = [(r["step"], r[name]) for r in rows if np.isfinite(r.get(name, np.nan))]
+            steps, values = np.array(points or [(0, np.nan)]).T
+            kernel = np.ones(len(steps) // 12 | 1)
+            mean = np.convolve(values, kernel, "same") / np.convolve(steps * 0 + 1, kernel, "same")
+            ax.plot(steps, values, color=colour, alpha=0.3, lw=0.8)
+            ax.plot(steps, mean, color=colour, lw=1.7, label=name)
+        ax.set(yscale="log" if keys == ["loss"] else "linear", xlim=(0, len(rows)),
+               ylim=(0, 1.2 * np.nanmax([0.1, *values])) if keys == ["spread"] else None)
+        ax.set_title(f"stage {stage}: {title}", loc="left")
         if len(keys) > 1:
-            canvas.text(x + 98 + 62 * i, y - 15, key, 16, colour, bold=True)
+            ax.legend(labelcolor="linecolor", handlelength=0)
+    page.supxlabel("step; grey: the student does not move yet", color=GREY, size=8)
+    save(page, assets, "curves")
 
 
-def curves(assets, run):
-    """curves.png: what the logs of all four stages say."""
-    logs, done, pitch_x, pitch_y = [read_log(run, stage) for stage in range(4)], set(), 350, 258
-    canvas = Canvas(4 * pitch_x + 20, math.ceil(len(PLOTS) / 4) * pitch_y + 8)
-    for i, (stage, *plot) in enumerate(PLOTS):
-        x, y = 72 + i % 4 * pitch_x, i // 4 * pitch_y
-        if stage not in done:
-            canvas.text(x, y + 24, STAGES[stage], 21, bold=True)
-        done.add(stage)
-        draw_plot(canvas, x, y + 72, 272, 146, logs[stage], *plot)
-    canvas.save(assets / "curves.png")
+def fan(assets, folders):
+    """16 clips of an image. A loss that forgets futures draws one line where the world has many."""
+    stages = [load_stage(Path(folders[0]) / f"stage{n}") for n in range(4)]
+    world, settings = dataset(SimpleNamespace(**stages[0][2])), stages[0][2]
+    require(not settings["data"] and settings["first"],
+            f"{folders[0]} was not trained on the toy world's images: nobody knows their futures")
+    clips = [held_out_ids(400, "report")[n] for n in (145, 278, 340)]  # start far from all walls
+    images = to_uint8(world.batch(clips)["video"][:, 0])
+    size, edge = world.size, world.size / 8  # nearer to an edge no shape's middle comes
+    page = Figure(figsize=(9, 5.6))
+    networks = zip(["the world", *STAGES], [(None, None, settings), *stages])
+    for column, (title, network) in zip(page.subplots(len(clips), 5).T, networks):
+        column[0].set_title(title)
+        for ax, image, paths in zip(column, images, future_paths(*network, clips)):
+            ax.imshow(image // 2 + 20, extent=(0, size, size, 0))
+            ax.plot(*paths.permute(2, 1, 0), color="white", lw=0.8, alpha=0.75)
+            ax.plot(*paths[:, -1].T, "o", ms=3.4, mfc="#ffb27a", mec="white", mew=0.5)
+            ax.plot(*paths[:, 0].mean(0), "o", ms=5, mfc="none", mec="white")
+            ax.set(xlim=(edge, size - edge), ylim=(size - edge, edge))
+            ax.axis("off")
+    save(page, assets, "fan")
 
 
-# ---------------------------------------------------------------- samples, and the command
+def drift(assets, folders):
+    """Mean over 32 clips and its standard error. A run stands for stages 1 to 3 and the control."""
+    stages = []
+    for run in map(Path, folders):
+        done = [run / name for name in LONG if (run / name / "ema.safetensors").is_file()]
+        stages += done or [run]
+    page = Figure(figsize=(9, 5))
+    top, foot = page.subfigures(2, 1, height_ratios=(3, 2))
+    ax, places = top.subplots(), foot.subplots(1, len(stages) + 1)
+    for place, stage in zip(places[1:], stages):
+        net, codec, settings = load_stage(stage)
+        first, length = settings["first"], settings["frames"] - settings["first"]
+        require(settings["stage"] and first and not settings["data"],
+                f"{stage} does not animate the toy world's images as a stream: name stages 1 to 3")
+        clips = held_out_ids(32, "report")
+        video, raws, world = make(net, codec, settings, clips, first + 10 * length, None)
+        error = locate(world, states(raws), video)[0][:, first:].numpy()
+        mean, half = error.mean(0), error.std(0) / len(error) ** 0.5
+        title, colour = LONG.get(stage.name, (stage.name, None))
+        line, = ax.plot(range(1, len(mean) + 1), mean, color=colour, lw=1.5, label=title)
+        colour, steps = line.get_color(), line.get_xdata()
+        ax.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.15, lw=0)
+        faces = to_uint8(F.pad(video[:4, [0, -1]], (1, 1, 1, 1), value=1.0))  # with a white rim
+        faces = rearrange(faces, "(r k) n h w c -> n (r h) (k w) c", r=2)
+        place.imshow(faces[1])
+        place.set_title(f"{title}\nframe {len(mean)}", color=colour, size=7.5)
+    places[0].imshow(faces[0])
+    places[0].set_title("images\nframe 0", size=7.5)
+    for place in places:
+        place.axis("off")
+    ax.axvline(length, color=GREY, lw=1, ls=(0, (4, 3)), label="length of a training clip")
+    ax.set(xlabel="frame", ylabel="error", xlim=(1, len(mean)), ylim=(0, None))
+    ax.legend(loc="upper left", bbox_to_anchor=(0.1, 1))
+    save(page, assets, "drift")
 
-def gifs(assets, run):
-    """stageN.gif and stageN.png: the samples that training left; all must be there before one is copied."""
-    names = [(Path(run) / f"stage{n}" / f"samples.{end}", assets / f"stage{n}.{end}") for n in range(4) for end in ("gif", "png")]
-    for source, _ in names:
-        require(source.is_file(), f"{source} does not exist: finish that stage first, or name the folder of another run")
-    for source, target in names:
-        with written_whole(target) as temporary:
-            shutil.copyfile(source, temporary)
+
+def rows_of(out):
+    """{(folder, passes): (error, energy)}, means over seeds; passes are 0 where as trained."""
+    found, out = {row: [] for row in NAMES}, Path(out)
+    reports = sorted(out.glob("seed*/*/scores-report*.json"))
+    for path in reports or [*out.glob("seed*/*/metrics.json"), *out.glob("*/metrics.json")]:
+        scores, passes = read_json(path), int(path.stem.partition("-steps")[2] or 0)
+        if {"quality_error", "energy"} <= scores.keys():
+            row = found.setdefault((path.parent.name, passes), [])
+            row.append((scores["quality_error"], scores["energy"]))
+    require(any(found.values()), f"{out} holds no scores with futures: name ablations.py's folder")
+    return {row: np.mean(points, 0) for row, points in found.items() if points}
+
+
+def front(assets, folders):
+    """Two axes, and never one alone: error falls when futures are forgotten, energy does not."""
+    rows = rows_of(folders[0])
+    hues = [LONG.get(folder[:6], ("", INK))[1] for folder, _ in rows]  # a stage's; else black
+    page, points = Figure(figsize=(9, 4.5 + 0.07 * len(rows))), np.array([*rows.values()])
+    ax = page.subplots()
+    students = sorted(tuple(point) for point, hue in zip(points, hues) if hue != INK)
+    best = [p for i, p in enumerate(students) if all(p[1] < other[1] for other in students[:i])]
+    ax.plot(*zip(*best), "o-", color=RULE, lw=4, ms=9, label="front: none beats these on both")
+    for i, (row, point, hue) in enumerate(zip(rows, points, hues)):
+        ax.plot(*point, "o", color=hue, ms=4, zorder=4, label=f"{i + 1}  {NAMES.get(row, row[0])}")
+    ax.set(xlabel="error: are frames true?", ylabel="energy: do clips go where they might?")
+    page.legend(loc="outside lower left", ncols=2, fontsize=7)
+    page.draw_without_rendering()  # only now is it known where the points are
+    taken = ax.transData.transform(points) @ (1, 1j) * 72 / page.dpi
+    spots = np.outer((8, 13, 19, 26), np.exp(1j * np.pi * (0.25 + np.arange(16) / 8))).ravel()
+    line = {"arrowstyle": "-", "lw": 0.3}
+    for i, (point, hue) in enumerate(zip(points, hues)):
+        space = abs(taken[i] + spots[:, None] - np.delete(taken, i)).min(1, initial=99)
+        spot = spots[np.minimum(space, 9.5).argmax()]  # the nearest where its number is legible
+        taken = np.append(taken, taken[i] + spot)
+        ax.annotate(i + 1, point, (spot.real, spot.imag), textcoords="offset points", color=hue,
+                    size=7, ha="center", va="center", arrowprops=line)
+    save(page, assets, "front")
+
+
+def gifs(assets, folders):
+    """The samples that training left in stageN, as stageN.gif and stageN.png."""
+    sources = sorted(Path(folders[0]).glob("stage[0-3]/samples.*"))
+    require(len(sources) == 8, f"{folders[0]} lacks samples: finish all stages, or name another")
+    for source in sources:
+        target = Path(assets) / f"{source.parent.name}{source.suffix}"
+        with atomic_write(target) as temporary:
+            temporary.write_bytes(source.read_bytes())
         print(f"wrote {target}")
 
 
-def example(assets, run=None):
-    """A picture to animate: the first frame of a toy clip that is not trained on, drawn large."""
-    world = ToyWorld(128, 1)
-    frame = to_uint8(world.batch([HELD_OUT + 700_000])["video"][0, 0])
-    with written_whole(assets / "example.png") as temporary:
+def example(assets, _):
+    """The first frame of a toy clip that is not trained on, drawn large."""
+    path = Path(assets) / "example.png"
+    frame = to_uint8(ToyWorld(128, 1).batch([HELD_OUT + 700_000])["video"][0, 0])
+    with atomic_write(path) as temporary:
         Image.fromarray(frame).save(temporary)
+    print(f"wrote {path}")
+
+
+FIGURES = {f.__name__: f for f in (masks, recipe, cache, example, curves, fan, drift, front, gifs)}
 
 
 def main(argv=None):
-    """Draw the pictures asked for."""
-    figures = {"masks": masks, "example": example, "recipe": recipe, "curves": curves, "gifs": gifs}
-    parser = Flags(__doc__)
-    parser.add_argument("what", choices=[*figures, "all"], help="picture to make")
-    parser.add_argument("run", nargs="?", help="folder of a run, such as out/toy; for curves, gifs and all")
-    parser.add_argument("--assets", type=Path, default=Path(__file__).resolve().parents[1] / "assets", help="folder to write to")
+    """Draw the picture asked for, or all that can be drawn."""
+    parser = Parser(__doc__)
+    parser.add_argument("what", choices=[*FIGURES, "all"], help="picture to make")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a run, such as out/toy")
+    parser.add_argument("--assets", default=HERE / "assets", help="folder to write to")
     args = parser.parse_args(argv)
-    require(args.run or args.what in ("masks", "example", "recipe"), f"{args.what} needs the folder of a run: python experiments/figures.py {args.what} out/toy")
-    for name in figures if args.what == "all" else [args.what]:
-        figures[name](args.assets, args.run)
+    for run in args.runs:
+        require(Path(run).is_dir(), f"{run} is not a folder: name that of a run, such as out/toy")
+    for name in FIGURES if args.what == "all" else [args.what]:
+        try:
+            require(matplotlib or name in ("example", "gifs"),
+                    f"{name} is drawn with matplotlib: pip install -r requirements-figures.txt")
+            require(args.runs or name in ("masks", "recipe", "cache", "example"),
+                    f"{name} needs a run: python experiments/figures.py {name} out/toy")
+            FIGURES[name](args.assets, args.runs)
+        except UsageError as error:
+            if args.what != "all":
+                raise
+            print(f"left out {name}: {error}")
 
 
 if __name__ == "__main__":
-    with explain():
+    with friendly_errors():
         main()

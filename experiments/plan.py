@@ -1,14 +1,16 @@
-"""What a stage costs before it runs: memory per device and work per step, for every stage of a preset.
+"""What a stage costs before it runs: memory per device and work per step, for every stage of a
+preset.
 
-    python train.py --preset wan-14b --stage 3 --plan --gpus 64        the same, from the training command
-    python experiments/plan.py --preset wan-1.3b --gpus 8 --micro-batch 1 --recompute
-    python experiments/plan.py --table --micro-batch 1 --recompute      the table of the README
+    python experiments/plan.py --preset wan-14b --stage 3 --gpus 64     flags are train.py's
+    python experiments/plan.py --preset wan-1.3b --gpus 8
+    python experiments/plan.py --table                                  the table of docs/wan.md
 
-Weights, gradients, optimizer states, running average and frozen networks are counted from shapes, tensor by tensor, and cut
-as FSDP2 cuts them. Activations are not guessed by a formula: the very training step of train.py runs on tensors
-that have a shape and no memory, and the most bytes that were alive at once are its peak; its FLOPs are counted on the way.
+Weights, gradients, optimizer states, running average and frozen networks are counted from shapes,
+tensor by tensor, and cut as FSDP2 cuts them. Activations are not guessed by a formula: the very
+training step of train.py runs on tensors that have a shape and no memory, and the most bytes that
+were alive at once are its peak; its FLOPs are counted on the way.
 """
-import argparse
+
 import math
 import sys
 import weakref
@@ -22,18 +24,23 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from data import Flags, explain
-from model import PRESETS, require
-from parallel import Flops, blocks_of, shard
+from experiments.flops import Flops
+from model import PRESETS
+from scale.parallel import blocks_of, shard
+from scale.run import Batch, Run, latent_sides
+from utils.errors import friendly_errors, require
+from utils.settings import Parser
 
 DEPTHS = 6, 9  # blocks of the two rehearsals of a deeper network
 
 
 # ---------------------------------------------------------------- a step on tensors without memory
 
+
 class Alive(Flops):
-    """Bytes of all tensors that operations have made and that are still alive: `now`, and the most there were: `peak`. And the
-    `flops` of all matrix products. Numbers that a program reads off a tensor without memory are 1."""
+    """Bytes of all tensors that operations have made and that are still alive: `now`, and the most
+    there were: `peak`. And the `flops` of all matrix products. Numbers that a program reads off a
+    tensor without memory are 1."""
 
     def __init__(self):
         super().__init__()
@@ -41,7 +48,9 @@ class Alive(Flops):
         self.storages = weakref.WeakKeyDictionary()  # storage -> its bytes, 0 once it is left out
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        if function is torch.ops.aten._local_scalar_dense.default and isinstance(
+            args[0], FakeTensor
+        ):
             return 1 if not args[0].dtype.is_floating_point else 1.0
         out = super().__torch_dispatch__(function, types, args, kwargs)
         for x in tree_leaves(out):
@@ -64,44 +73,59 @@ class Alive(Flops):
 
     def leave_out(self, x):
         """A tensor that is counted elsewhere."""
-        if count := self.storages.get(x.untyped_storage()):
+        count = self.storages.get(x.untyped_storage())
+        if count:
             self.forget(count)
 
 
-class Rehearsal(train.Run):
-    """A stage at work on clips of noise, with weights of any kind: what a step costs does not depend on them."""
+class Rehearsal(Run):
+    """A stage at work on clips of noise, with weights of any kind: what a step costs does not
+    depend on them."""
 
     def __init__(self, cfg):
-        self.cfg, self.step, self.before, self.bad, self.nets, self.opts, self.tokens, self.negative = cfg, 0, 0, {}, {}, {}, 0, None
-        self.rank, self.world, self.writes, self.device = 0, 1, False, torch.device(cfg.device)
+        self.cfg, self.new_network, self.device = cfg, train.new_network, torch.device(cfg.device)
+        self.nets, self.optimizers, self.bad_steps = {}, {}, {}
+        self.step = self.past_steps = self.tokens = self.rank = 0
+        self.world, self.clips_per_rank, self.is_main, self.negative = (
+            1,
+            cfg.batch_size,
+            False,
+            None,
+        )
         for name, (_, groups) in train.networks(cfg).items():
-            self.keep(name, self.place(name, bool(groups)), groups)
+            self.add_network(name, self.build_sharded(name, bool(groups)), groups)
 
-    def place(self, name, trained):
-        module = super().place(name, trained)
+    def build_sharded(self, name, trained):
+        module = super().build_sharded(name, trained)
         for p in module.parameters():
             torch.nn.init.normal_(p, std=0.02)
         return module
 
     def batch(self, clips, purpose):
         cfg, draws = self.cfg, self.draws(clips, purpose)
-        x0 = draws.randn(cfg.frames, cfg.in_dim, *train.latent_sides(cfg))
-        self.tokens = x0[0, :, 0].numel() // cfg.patch ** 2
-        return train.Batch(clips, x0, draws.randn(cfg.text_len, cfg.text_dim), draws)
+        x0 = draws.randn(cfg.frames, cfg.in_dim, *latent_sides(cfg))
+        self.tokens = x0[0, :, 0].numel() // cfg.patch**2
+        return Batch(clips, x0, draws.randn(cfg.text_len, cfg.text_dim), draws)
 
-    def trajectory(self, batch):
-        return batch.x0[:, None].expand(-1, self.cfg.levels + 1, -1, -1, -1, -1), batch.text
+    def trajectory(self, draws):
+        cfg = self.cfg
+        x0 = draws.randn(cfg.frames, cfg.in_dim, *latent_sides(cfg))
+        return x0[:, None].expand(-1, cfg.ode_points + 1, -1, -1, -1, -1), draws.randn(
+            cfg.text_len, cfg.text_dim
+        )
 
 
 class Imagined(Rehearsal):
     """The same with networks that have shapes and no memory."""
 
     def __init__(self, cfg, gpus):
-        self.weights_in = torch.bfloat16 if cfg.dtype == "bfloat16" and gpus > 1 else torch.float32  # as FSDP's policy gathers them
+        self.weights_in = (
+            torch.bfloat16 if cfg.dtype == "bfloat16" and gpus > 1 else torch.float32
+        )  # as FSDP's policy gathers them
         self.shapes, self.alive = FakeTensorMode(allow_non_fake_inputs=True), Alive()
         super().__init__(replace(cfg, device="cpu"))
 
-    def place(self, name, trained):
+    def build_sharded(self, name, trained):
         before = torch.get_default_dtype()
         torch.set_default_dtype(self.weights_in)
         try:
@@ -109,49 +133,73 @@ class Imagined(Rehearsal):
                 module = train.new_network(self.cfg, name)
         finally:
             torch.set_default_dtype(before)
-        return shard(module, self.cfg.recompute and trained)
+        return shard(module, self.cfg.activation_checkpointing and trained)
 
-    def keep(self, name, module, groups=()):
-        super().keep(name, module, groups)
-        kept = [x for o in self.opts[name] for state in o.state.values() for x in state.values()]
-        for x in (*module.parameters(), *kept):  # these and the gradients are counted from shapes, below
+    def add_network(self, name, module, groups=()):
+        super().add_network(name, module, groups)
+        kept = [
+            x for o in self.optimizers[name] for state in o.state.values() for x in state.values()
+        ]
+        for x in (
+            *module.parameters(),
+            *kept,
+        ):  # these and the gradients are counted from shapes, below
             self.alive.storages[x.untyped_storage()] = [0]
         for p in module.parameters():
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(lambda p: self.alive.leave_out(p.grad))
 
 
-def rehearse(cfg, gpus, known={}):
-    """(bytes of activations at the peak, FLOPs, tokens of a clip) of one pass of a training step with all terms; remembered.
+REHEARSED = {}  # what rehearse() remembers
 
-    Blocks are all alike, so a deep network is rehearsed at two small depths and the difference continued."""
+
+def rehearse(cfg, gpus):
+    """(bytes of activations at the peak, FLOPs, tokens of a clip) of one pass of a training step
+    with all terms; remembered.
+
+    Blocks are all alike, so a deep network is rehearsed at two small depths and the difference
+    continued."""
     key = repr((replace(cfg, batch_size=cfg.micro_batch or cfg.batch_size), gpus > 1))
-    if key not in known and cfg.num_layers <= DEPTHS[1]:
-        known[key] = rehearsed(cfg, gpus)
-    elif key not in known:
+    if key not in REHEARSED and cfg.num_layers <= DEPTHS[1]:
+        REHEARSED[key] = rehearsed(cfg, gpus)
+    elif key not in REHEARSED:
         taps = len(cfg.disc_layers)
-        one, two = (rehearsed(replace(cfg, num_layers=n, disc_layers=tuple(range(n - taps, n))), gpus) for n in DEPTHS)
+        one, two = (
+            rehearsed(replace(cfg, num_layers=n, disc_layers=tuple(range(n - taps, n))), gpus)
+            for n in DEPTHS
+        )
         more = (cfg.num_layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
-        known[key] = *(round(a + more * (b - a)) for a, b in zip(one[:2], two[:2])), one[2]
-    return known[key]
+        REHEARSED[key] = *(round(a + more * (b - a)) for a, b in zip(one[:2], two[:2])), one[2]
+    return REHEARSED[key]
 
 
 def rehearsed(cfg, gpus):
     """rehearse() at the depth that the network has."""
-    once = replace(cfg, critic_warmup=0, batch_size=cfg.micro_batch or cfg.batch_size, critic_updates=1, disc_updates=1)
+    once = replace(
+        cfg,
+        student_start=0,
+        batch_size=cfg.micro_batch or cfg.batch_size,
+        fake_updates=1,
+        disc_updates=1,
+        probe_every=0,
+    )
     run = Imagined(once, gpus)
     with run.alive:
         train.STEPS[cfg.stage](run)
         peak, flops = run.alive.peak, run.alive.flops
-        for name, step, updates in (("fake", train.fake_score_step, cfg.critic_updates), ("disc", train.disc_step, cfg.disc_updates)):
+        for name, step, updates in (
+            ("fake", train.fake_score_step, cfg.fake_updates),
+            ("disc", train.disc_step, cfg.disc_updates),
+        ):
             if name in run.nets and updates > 1:  # the others cost what one costs
                 before, batch = run.alive.flops, next(run.batches(name))
-                step(run, [(batch, batch.x0)], 0)
+                step(run, [(batch, batch.x0)], 0, 0)
                 flops += (updates - 1) * (run.alive.flops - before)
     return peak, flops, run.tokens
 
 
 # ---------------------------------------------------------------- what is counted from shapes
+
 
 def rows_of_one(shape, gpus):
     """Elements of a parameter that the first process holds: FSDP2 cuts rows as torch.chunk does."""
@@ -162,13 +210,18 @@ def rows_of_one(shape, gpus):
 
 
 def static_bytes(cfg, gpus):
-    """{what: bytes} on one of `gpus` devices: all weights are cut into `gpus` parts, and what is made of them with them."""
-    bytes_of = dict.fromkeys(("weights", "gradients", "optimizer", "average", "frozen", "gathered"), 0)
+    """{what: bytes} on one of `gpus` devices: all weights are cut into `gpus` parts, and what is
+    made of them with them."""
+    bytes_of = dict.fromkeys(
+        ("weights", "gradients", "optimizer", "average", "frozen", "gathered"), 0
+    )
     half, blocks, rest = cfg.dtype == "bfloat16", 0, 0
     for name, (_, groups) in train.networks(cfg).items():
         with torch.device("meta"):
             module = train.new_network(cfg, name)
-        prefixes = tuple(p for prefix, _ in groups for p in ((prefix,) if isinstance(prefix, str) else prefix))
+        prefixes = tuple(
+            p for prefix, _ in groups for p in ((prefix,) if isinstance(prefix, str) else prefix)
+        )
         for key, p in module.named_parameters():
             n = rows_of_one(p.shape, gpus)
             if name == "ema":
@@ -184,87 +237,161 @@ def static_bytes(cfg, gpus):
                 bytes_of["frozen"] += 4 * n
         if gpus > 1:
             block = sum(p.numel() for p in blocks_of(module)[0].parameters())
-            rest += 4 * (sum(p.numel() for p in module.parameters()) - block * len(blocks_of(module)))
+            rest += 4 * (
+                sum(p.numel() for p in module.parameters()) - block * len(blocks_of(module))
+            )
             blocks = max(blocks, (2 if half else 4) * 2 * block + (2 * 4 * block if groups else 0))
-    # whole while it runs: a block, the next one on its way, their gradients; whole all the time: what is in no block
+    # whole while it runs: a block, the next one on its way, their gradients; whole all the time:
+    # what is in no block
     return {**bytes_of, "gathered": blocks + rest}
 
 
 def cache_bytes(cfg, tokens):
-    """Keys and values of a full stream, for one micro-batch: (sink + window + chunk) frames in every block."""
+    """Keys and values of a full stream, for one micro-batch: (sink + window + chunk) frames in
+    every block."""
     frames = min(cfg.frames, cfg.sink + cfg.window + cfg.chunk)
     each = 2 if cfg.dtype == "bfloat16" else 4
-    return 2 * cfg.num_layers * frames * tokens // cfg.frames * cfg.dim * each * (cfg.micro_batch or cfg.batch_size) // cfg.context_parallel
+    return (
+        2
+        * cfg.num_layers
+        * frames
+        * tokens
+        // cfg.frames
+        * cfg.dim
+        * each
+        * (cfg.micro_batch or cfg.batch_size)
+        // cfg.context_parallel
+    )
 
 
 def micro_batch(cfg, gpus):
-    """(clips of a pass, clips of a step) on one device; UsageError where the batch does not divide."""
+    """(clips of a pass, clips of a step) on one device; UsageError where the batch does not
+    divide."""
     groups = gpus // cfg.context_parallel
-    require(cfg.batch_size % groups == 0, f"--batch-size {cfg.batch_size} does not divide over {groups} devices or groups of them")
+    require(
+        cfg.batch_size % groups == 0,
+        f"--batch-size {cfg.batch_size} does not divide over {groups} devices or groups of them",
+    )
     share = cfg.batch_size // groups
     return min(cfg.micro_batch or share, share), share
 
 
 def plan(cfg, gpus):
-    """{what: bytes per device}, with `flops` of a step over all devices and `passes` of a device. With --context-parallel the
-    activations are those of one device over the number that shares a clip: a lower bound, since text, time and a
-    discriminator's heads do not get smaller."""
+    """{what: bytes per device}, with `flops` of a step over all devices and `passes` of a device.
+    With --context-parallel the activations are those of one device over the number that shares a
+    clip: a lower bound, since text, time and a discriminator's heads do not get smaller."""
     micro, share = micro_batch(cfg, gpus)
     cfg = replace(cfg, micro_batch=micro)
     peak, flops, tokens = rehearse(cfg, gpus)
     passes = -(-share // cfg.micro_batch)
-    clip = cfg.frames * cfg.in_dim * math.prod(train.latent_sides(cfg))
-    held = (passes - 1) * cfg.micro_batch * 4 * (2 * clip + cfg.text_len * cfg.text_dim) if cfg.stage > 1 else 0  # for the critics
+    clip = cfg.frames * cfg.in_dim * math.prod(latent_sides(cfg))
+    held = (
+        (passes - 1) * cfg.micro_batch * 4 * (2 * clip + cfg.text_len * cfg.text_dim)
+        if cfg.stage > 1
+        else 0
+    )  # for the critics
     costs = {**static_bytes(cfg, gpus), "activations": peak // cfg.context_parallel + held}
-    return {**costs, "total": sum(costs.values()), "cache": cache_bytes(cfg, tokens) if cfg.stage > 1 else 0,
-            "flops": flops * cfg.batch_size // cfg.micro_batch, "passes": passes, "micro": cfg.micro_batch}
+    return {
+        **costs,
+        "total": sum(costs.values()),
+        "cache": cache_bytes(cfg, tokens) if cfg.stage > 1 else 0,
+        "flops": flops * cfg.batch_size // cfg.micro_batch,
+        "passes": passes,
+        "micro": cfg.micro_batch,
+    }
 
 
 def trajectories(cfg):
     """What stage 1 does before its first step, in words: teacher passes and bytes on the disk."""
     passes = cfg.trajectories * cfg.ode_steps * (1 if cfg.guidance == 1 else 2)
-    clip = cfg.frames * cfg.in_dim * math.prod(train.latent_sides(cfg)) * (cfg.levels + 1) + cfg.text_len * cfg.text_dim
-    return f"{cfg.trajectories:,} trajectories of {cfg.ode_steps} steps, {passes:,} passes of the teacher, {4e-9 * cfg.trajectories * clip:,.2f} GB on disk"
+    clip = (
+        cfg.frames * cfg.in_dim * math.prod(latent_sides(cfg)) * (cfg.ode_points + 1)
+        + cfg.text_len * cfg.text_dim
+    )
+    size = 4e-9 * cfg.trajectories * clip
+    return (
+        f"{cfg.trajectories:,} trajectories of {cfg.ode_steps} steps, {passes:,} passes of the "
+        f"teacher, {size:,.2f} GB on disk"
+    )
 
 
 # ---------------------------------------------------------------- the command
 
-COLUMNS = ("weights", "gradients", "optimizer", "average", "frozen", "gathered", "activations", "total", "cache")
+COLUMNS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "average",
+    "frozen",
+    "gathered",
+    "activations",
+    "total",
+    "cache",
+)
 
 
 def row(cfg, gpus):
     """One line of the table."""
     costs = plan(cfg, gpus)
-    sizes = [f"{costs[name] / 1e9:.1f}" if cfg.preset != "toy" else f"{costs[name] / 1e9:.3f}" for name in COLUMNS]
-    return f"| {cfg.preset} | {cfg.stage} | {gpus} | {costs['micro']} x {costs['passes']} | {' | '.join(sizes)} | {costs['flops'] / 1e15:.3g} |"
+    sizes = [
+        f"{costs[name] / 1e9:.1f}" if cfg.preset != "toy" else f"{costs[name] / 1e9:.3f}"
+        for name in COLUMNS
+    ]
+    clips, work = f"{costs['micro']} x {costs['passes']}", f"{costs['flops'] / 1e15:.3g}"
+    return f"| {cfg.preset} | {cfg.stage} | {gpus} | {clips} | {' | '.join(sizes)} | {work} |"
 
 
 def table(rows):
     """Markdown, header included."""
-    names = ["preset", "stage", "GPUs", "clips x passes", *COLUMNS[:-1], "of which KV", "PFLOP a step"]
+    names = [
+        "preset",
+        "stage",
+        "GPUs",
+        "clips x passes",
+        *COLUMNS[:-1],
+        "of which KV",
+        "PFLOP a step",
+    ]
     return "\n".join(["| " + " | ".join(names) + " |", "|" + "---|" * len(names), *rows])
 
 
 def main(argv=None):
-    """Settings are train.py's, and its flags are taken; what is planned for is a GPU, whatever this machine has."""
+    """Settings are train.py's, and its flags are taken; what is planned for is a GPU, whatever this
+    machine has."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = Flags(__doc__)
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1], help="devices that share the weights")
-    parser.add_argument("--table", action="store_true", help="the rows of the README's table: 1.3B on 1 and 8 devices, 14B on 8 and 64")
-    parser.add_argument("--plan", action="store_true", help=argparse.SUPPRESS)
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", default=[1], help="devices that share the weights"
+    )
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="the rows of the README's table: 1.3B on 1 and 8 devices, 14B on 8 and 64",
+    )
     args, rest = parser.parse_known_args(argv)
     given = train.parse(rest)
+    require(not given.pop("control", False), "--control trains; a plan does not take it")
     share = given.get("context_parallel", 1)
-    require(min(*args.gpus, share) >= 1 and not any(n % share for n in args.gpus),
-            f"--gpus {' '.join(map(str, args.gpus))}: at least 1, and a multiple of --context-parallel")
-    chosen = [("wan-1.3b", 1), ("wan-1.3b", 8), ("wan-14b", 8), ("wan-14b", 64)] if args.table else [
-        (given.get("preset", "toy"), n) for n in args.gpus]
-    require(all(preset in PRESETS for preset, _ in chosen), f"--preset {chosen[0][0]} is unknown: choose from {', '.join(PRESETS)}")
+    require(
+        min(*args.gpus, share) >= 1 and not any(n % share for n in args.gpus),
+        f"--gpus {' '.join(map(str, args.gpus))}: at least 1, and a multiple of --context-parallel",
+    )
+    chosen = (
+        [("wan-1.3b", 1), ("wan-1.3b", 8), ("wan-14b", 8), ("wan-14b", 64)]
+        if args.table
+        else [(given.get("preset", "toy"), n) for n in args.gpus]
+    )
+    require(
+        all(preset in PRESETS for preset, _ in chosen),
+        f"--preset {chosen[0][0]} is unknown: choose from {', '.join(PRESETS)}",
+    )
     notes, jobs = {}, []
     for preset, gpus in chosen:
         every = (0, 1, 2, 3) if preset == "toy" else (1, 2, 3)
         for stage in every if given.get("stage", -1) < 0 else [given["stage"]]:
-            cfg = train.settle({"dtype": "bfloat16", **given, "preset": preset, "device": "cpu"}, stage)  # any device can be planned for
+            cfg = train.make_config(
+                {"dtype": "bfloat16", **given, "preset": preset, "device": "cpu"}, stage
+            )  # any device can be planned for
             jobs.append((replace(cfg, device=given.get("device", "cuda")), gpus))
             micro_batch(*jobs[-1])
     print(table([]))
@@ -272,11 +399,14 @@ def main(argv=None):
         print(row(cfg, gpus), flush=True)
         if cfg.stage == 1:
             notes[cfg.preset] = trajectories(cfg)
-    print("\nGB (1e9 bytes) per device; `gathered` is FSDP's: weights that are whole while their block runs")
+    print(
+        "\nGB (1e9 bytes) per device; `gathered` is FSDP's: weights that are whole while their "
+        "block runs"
+    )
     for preset, note in notes.items():
         print(f"{preset}, stage 1, before the first step: {note}")
 
 
 if __name__ == "__main__":
-    with explain():
+    with friendly_errors():
         main()

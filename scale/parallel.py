@@ -1,0 +1,222 @@
+"""Many devices: everything that spreads a network over processes is applied from outside, here.
+
+    torchrun --nproc_per_node 8 train.py                         FSDP2: 1/8 of all weights each
+    torchrun --nproc_per_node 8 train.py --context-parallel 2    two processes share a clip's tokens
+
+shard() is the one function for every network, also for one process: context parallelism,
+activation checkpointing, compilation, FSDP2, in the order in which they must be applied.
+"""
+import contextlib
+import functools
+import gc
+import os
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from utils.errors import UsageError, require
+
+# keys and values leave a block as views, and nothing changes them in place
+warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+
+
+# ---------------------------------------------------------------- processes
+
+def world():
+    """(rank, number of processes)"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def device_type():
+    """The kind of device that the processes communicate between."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+@contextlib.contextmanager
+def processes(device=""):
+    """The process group that torchrun asks for, if it does. It is taken down in the order that does
+    not abort: sharded modules must be gone before their process group."""
+    if "RANK" in os.environ:
+        cuda = device == "cuda" or not device and torch.cuda.is_available()
+        if cuda:
+            rank, number = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            require(rank < number, f"this machine has {number} GPUs and torchrun asks for more "
+                    "processes: lower --nproc_per_node, or use --device cpu")
+            torch.cuda.set_device(rank)
+        # the first process writes and scores alone at the end of a stage, while the others wait
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    try:
+        yield
+    finally:
+        gc.collect()
+        context_group.cache_clear()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def averaged(log):
+    """The mean over processes of a dict of numbers."""
+    if not dist.is_initialized():
+        return log
+    values = torch.tensor(list(log.values()), dtype=torch.float64, device=device_type())
+    dist.all_reduce(values)
+    return dict(zip(log, (values / dist.get_world_size()).tolist()))
+
+
+def barrier():
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def say(text):
+    """Print, in the first process only."""
+    if world()[0] == 0:
+        print(text, flush=True)
+
+
+def on_rank0(function, *args):
+    """function(*args), called by the first process for all. If it fails, all processes stop and the
+    first one says why."""
+    answer = [None]
+    if world()[0] == 0:
+        try:
+            answer = [function(*args)]
+        except (UsageError, OSError) as error:
+            answer = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    if isinstance(answer[0], Exception):
+        raise SystemExit(2) if world()[0] else answer[0]
+    return answer[0]
+
+
+# ---------------------------------------------------------------- weights
+
+def full_tensor(x):
+    """The full tensor of a sharded one."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def local_shard(param):
+    """(local tensor, its rows of the full tensor) of a parameter. FSDP2 cuts as torch.chunk."""
+    if not hasattr(param, "to_local"):
+        return param, slice(None)
+    (rank, size), rows = world(), param.shape[0]
+    each = -(-rows // size)
+    return param.to_local(), slice(min(rank * each, rows), min((rank + 1) * each, rows))
+
+
+def blocks_of(module):
+    """The transformer blocks of a DiT, or of the one inside a discriminator."""
+    return getattr(module, "backbone", module).blocks
+
+
+def shard(module, checkpointing=False, compiled=False, half=False, context=1):
+    """Apply everything that distributes a network; the same network, changed in place.
+
+    checkpointing  keep only the input of a block, run the block again in the backward pass
+    compiled       torch.compile, block by block; all blocks share one compilation
+    half           gather weights in bfloat16; shards, gradient sums and optimizer stay float32
+    context        processes that share the tokens of a clip, see share_tokens()"""
+    if context > 1:
+        share_tokens(module, context_group(context))
+    for block in blocks_of(module):
+        if checkpointing:  # a block is a pure function, so running it twice is safe
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if compiled:
+            block.compile()
+    if dist.is_initialized():
+        mesh = init_device_mesh(device_type(), (dist.get_world_size(),))
+        dtype = torch.bfloat16 if half else None
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        for block in blocks_of(module):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        # what is in no block stays gathered between passes, and a rollout's gradients add up in its
+        # precision
+        policy = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    return module
+
+
+# ---------------------------------------------------------------- tokens (Ulysses)
+
+@functools.lru_cache
+def context_group(size):
+    """The processes that share a clip with this one: `size` neighbours."""
+    mesh = init_device_mesh(device_type(), (world()[1] // size, size),
+                            mesh_dim_names=("data", "context"))
+    return mesh.get_group("context")
+
+
+class Exchange(torch.autograd.Function):
+    """All-to-all over a group: parts[j] goes to its process j, and becomes what process j has for
+    this one. Applied twice it is the identity, so it is its own backward pass."""
+
+    @staticmethod
+    def forward(ctx, parts, group):
+        ctx.group, parts = group, parts.contiguous()
+        out = torch.empty_like(parts)
+        dist.all_to_all_single(out, parts, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Exchange.apply(gradient, ctx.group), None
+
+
+def share_tokens(module, group):
+    """Give each process of `group` 1/p of a frame's tokens (Ulysses, 2309.14509), by hooks. Around
+    attention an all-to-all turns (all heads, some tokens) into (some heads, all tokens) and back.
+    Every process backpropagates the loss of the whole clip, and gathering sums these. The mean over
+    processes is the gradient: FSDP takes it for weights, mean_gradient() for the clip."""
+    net, size = getattr(module, "backbone", module), dist.get_world_size(group)
+
+    def exchange(parts, join):
+        return torch.cat(Exchange.apply(parts, group).unbind(), join)
+
+    def gather(x, join):  # x to every process; backward, expand sums what comes back
+        return exchange(x.expand(size, *x.shape), join)
+
+    def to_heads(_, args, y):  # (b, f, n / p, dim) -> (b, f, n, dim / p)
+        if torch.is_autocast_enabled(y.device.type):
+            y = y.to(torch.get_autocast_dtype(y.device.type))
+        return exchange(torch.stack(y.chunk(size, 3)), 2)
+
+    def to_tokens(_, args):  # and back
+        return exchange(torch.stack(args[0].chunk(size, 2)), 3)
+
+    def own_tokens(_, args):
+        tokens = args[0].shape[2]
+        require(tokens % size == 0, f"--context-parallel {size} does not divide the {tokens} "
+                "tokens of a frame: choose another --size")
+        return args[0].chunk(size, 2)[dist.get_rank(group)], *args[1:]
+
+    def mean_gradient(gradient):
+        gradient = gradient / size
+        dist.all_reduce(gradient, group=group)
+        return gradient
+
+    def hook_clip(_, args):
+        x, *rest = args
+        if x.requires_grad:
+            x = x.view_as(x)
+            x.register_hook(mean_gradient)
+        return x, *rest
+
+    net.register_forward_pre_hook(hook_clip)
+    net.blocks[0].register_forward_pre_hook(own_tokens)
+    for block in net.blocks:
+        block.self_attn.heads //= size
+        for layer in (block.self_attn.v, block.self_attn.norm_q, block.self_attn.norm_k):
+            layer.register_forward_hook(to_heads)
+        block.self_attn.o.register_forward_pre_hook(to_tokens)
+    net.head.register_forward_hook(lambda _, args, y: gather(y, 2))
+    if module is not net:  # a discriminator: its queries read all tokens
+        for head in module.heads:
+            head.register_forward_pre_hook(lambda _, args: gather(args[0], 1))

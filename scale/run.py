@@ -1,0 +1,286 @@
+"""A stage at work on any number of devices: its data, networks, optimizers and updates.
+
+train.py says what is trained with which loss. This file says how: every network is built on the
+meta device, sharded and then filled; a global batch is split over processes and micro-batches;
+random numbers belong to clips, so that the numbers are the same however it is split.
+"""
+import math
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from data import Draws, PatchCodec, WordEncoder, open_dataset
+from discriminator import Discriminator
+from model import Shape, build
+from scale.muon import Muon
+from scale.parallel import full_tensor, local_shard, shard, world
+from scale.state import init_optimizer_state
+from utils.errors import UsageError, require
+from utils.files import clips_in, read_tensors
+from utils.runs import (read_settings, saved_states, stage_dir, start_from, steps_before,
+                        trajectory_dirs)
+from utils.settings import flag, peak_memory
+from utils.weights import load_into, open_weights
+
+
+@dataclass
+class Batch:
+    """One micro-batch: latents of real clips, their captions, and random numbers of its clips."""
+    clip_ids: list
+    x0: torch.Tensor      # (b, f, c, h, w)
+    text: torch.Tensor    # (b, l, d)
+    draws: Draws
+
+
+class Run:
+    """A stage at work: settings, data, networks and their optimizers, the step."""
+
+    def __init__(self, cfg, new_network):
+        self.new_network = new_network  # callable (cfg, name) -> an uninitialised network
+        self.cfg, self.dir, self.step, self.began = cfg, stage_dir(cfg), 0, time.time()
+        self.nets, self.optimizers, self.bad_steps, self.tokens = {}, {}, {}, 0
+        (rank, number), size = world(), cfg.context_parallel
+        require(number % size == 0, f"--context-parallel {size} does not divide {number} "
+                f"processes: start torchrun with a multiple of {size}")
+        self.rank, self.world = rank // size, number // size  # processes that share a clip are one
+        require(cfg.batch_size % self.world == 0, f"--batch-size {cfg.batch_size} does not divide "
+                f"over {self.world} processes or groups of them")
+        self.is_main, self.device = rank == 0, torch.device(cfg.device)
+        self.clips_per_rank = cfg.batch_size // self.world
+        self.past_steps = steps_before(cfg)
+        self.data = open_dataset(cfg, trajectory_dirs(cfg))
+        self.negative = self.data.negative if self.data.latent else None
+        self.words, self.codec = WordEncoder(cfg.text_len, cfg.text_dim), None
+        if cfg.stage == 0 and not self.data.latent:  # later stages take over this codec
+            clips = self.data.batch(range(max(1, 512 * 32 ** 2 // cfg.size ** 2)))["video"]
+            self.codec = PatchCodec.fit(clips, cfg.codec_patch, cfg.in_dim)
+        self.trajectories = next(filter(None, map(clips_in, trajectory_dirs(cfg))), [])
+        last = trajectory_dirs(cfg)[-1]
+        require(cfg.stage < 2 or not cfg.ode_anchor or self.trajectories, f"--ode-anchor "
+                f"{cfg.ode_anchor} needs the teacher's trajectories, and {last} has none: train "
+                "stage 1, or use --ode-anchor 0")
+        torch.manual_seed(cfg.seed)
+
+    # ---- networks
+
+    def autocast(self):
+        """Mixed precision for the forward passes."""
+        # a weight cast that is cached under no_grad would lose the gradient in a rollout
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False,
+                              enabled=self.cfg.dtype == "bfloat16")
+
+    def build_sharded(self, name, trained):
+        """Build on the meta device, shard, then allocate. Weights are uninitialised."""
+        cfg, half = self.cfg, self.cfg.dtype == "bfloat16"
+        with torch.device("meta"):
+            net = self.new_network(cfg, name)
+        if half and not trained and name != "ema" and cfg.device == "cuda":
+            net.to(torch.bfloat16)  # a frozen network needs no float32 copy
+        checkpointing = cfg.activation_checkpointing and trained
+        net = shard(net, checkpointing, cfg.compile, half, cfg.context_parallel)
+        return net.to_empty(device=self.device)
+
+    def add_network(self, name, net, groups=()):
+        """Keep a network; its `groups` [(prefixes of parameter names, lr)] are trained."""
+        cfg, optimizers = self.cfg, []
+        named = dict(net.requires_grad_(False).named_parameters())
+        betas = {"fake": cfg.fake_betas, "disc": cfg.disc_betas}.get(name, cfg.betas)
+        for prefixes, lr in groups:
+            params = {n: p.requires_grad_() for n, p in named.items() if n.startswith(prefixes)}
+            matrices = []
+            if cfg.muon_lr and name == "student":
+                matrices = [n for n, p in params.items() if "blocks." in n and p.ndim == 2]
+            if matrices:  # `peak` is the rate from which update() rises and falls
+                group = dict(params=[params.pop(n) for n in matrices], peak=cfg.muon_lr)
+                optimizers.append(Muon([group], cfg.muon_lr))
+            group = dict(params=list(params.values()), peak=lr)
+            optimizers.append(torch.optim.AdamW([group], lr, betas=betas, fused=True,
+                                                weight_decay=cfg.weight_decay))
+        for optimizer in optimizers:
+            init_optimizer_state(optimizer)
+        self.nets[name], self.optimizers[name] = net, optimizers
+
+    # ---- data
+
+    def draws(self, clip_ids, purpose):
+        """Random numbers for these clips at this step, for one purpose."""
+        key = (self.cfg.seed, self.cfg.stage, self.past_steps + self.step, purpose)
+        return Draws(clip_ids, *key, device=self.device)
+
+    def batches(self, purpose):
+        """This process's part of the step's global batch, one micro-batch at a time."""
+        cfg, number = self.cfg, self.clips_per_rank
+        start = (self.past_steps + self.step) * cfg.batch_size + self.rank * number
+        clip_ids = [cfg.seed * 10_000_000 + i for i in range(start, start + number)]
+        size = min(cfg.micro_batch or number, number)
+        for i in range(0, number, size):
+            yield self.batch(clip_ids[i:i + size], purpose)
+
+    def step_in_words(self):
+        """How a step's clips are split, for the first line of a stage."""
+        cfg, number = self.cfg, self.clips_per_rank
+        passes = -(-number // (cfg.micro_batch or number))
+        return (f"stage {cfg.stage}: a step is {cfg.batch_size} clips = {self.world} processes x "
+                f"{number} clips, in {passes} passes")
+
+    def result_in_words(self, minutes, speed):
+        """What a stage cost, for its last line; speed in steps a second."""
+        tokens, memory = speed * self.cfg.batch_size * self.tokens, peak_memory(self.device)
+        return (f"stage {self.cfg.stage}: {minutes:.1f} minutes, {speed:.2f} steps/s, "
+                f"{tokens:,.0f} tokens/s, peak memory {memory:.1f} GiB per process; results in "
+                f"{self.dir}")
+
+    def batch(self, clip_ids, purpose):
+        """These clips as latents, with embedded captions."""
+        cfg, raw = self.cfg, self.data.batch(clip_ids)
+        if self.data.latent:
+            text = raw["embeddings"]
+            empty = torch.zeros(len(clip_ids), cfg.frames, cfg.in_dim, *latent_sides(cfg))
+            x0 = raw.get("latents", empty)  # of captions alone only the shape is used
+        else:
+            text = self.words.encode(raw["text"])
+            x0 = self.codec.encode(raw["video"].to(self.device))
+        self.tokens = x0[0, :, 0].numel() // cfg.patch ** 2  # per clip
+        x0, text = x0.to(self.device), text.to(self.device)
+        return Batch(clip_ids, x0, text, self.draws(clip_ids, purpose))
+
+    def trajectory(self, draws):
+        """Teacher trajectories for a batch: states (b, points + 1, f, c, h, w), and texts."""
+        numbers = (draws.rand(1)[:, 0] * len(self.trajectories)).long().tolist()
+        rows = [read_tensors(self.trajectories[n]) for n in numbers]
+        text = pad_sequence([row["text"] for row in rows], batch_first=True)
+        return torch.stack([row["states"] for row in rows]).to(self.device), text.to(self.device)
+
+    # ---- losses and updates
+
+    def batch_part(self, loss, batch):
+        """A micro-batch's part of the mean over the global batch; processes are averaged."""
+        return loss * (len(batch.clip_ids) * self.world / self.cfg.batch_size)
+
+    def backward(self, loss, batch, log, name="loss"):
+        """Backpropagate a micro-batch's part of a loss, and add it to the log."""
+        self.batch_part(loss, batch).backward()
+        self.add_to(log, {name: loss}, batch)
+
+    def add_to(self, log, numbers, batch):
+        """Add a micro-batch's part of these means to the log."""
+        for name, value in numbers.items():
+            log[name] = log.get(name, 0.0) + self.batch_part(value, batch).item()
+
+    def update(self, name):
+        """Clip, check and apply the gradients of a network; returns their norm. Gradients that are
+        not finite are skipped; UsageError after `max_bad_steps` in a row."""
+        cfg, net = self.cfg, self.nets[name]
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip)
+        norm = float(full_tensor(norm))
+        finite = math.isfinite(norm)
+        for optimizer in self.optimizers[name]:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * self.lr_factor(name)
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad()
+        self.bad_steps[name] = 0 if finite else self.bad_steps.get(name, 0) + 1
+        if self.bad_steps[name] >= cfg.max_bad_steps:
+            last = next(iter(saved_states(self.dir)), "none")
+            raise UsageError(f"stage {cfg.stage}, step {self.step + 1}: {self.bad_steps[name]} "
+                             f"non-finite gradients in a row in {name} (last good state: {last}): "
+                             "start again with a lower --lr, and another --tag or --no-resume")
+        if name == "student" and finite:
+            self.update_ema()
+        return norm
+
+    def student_steps_done(self):
+        """Updates that the student has made before this step."""
+        return self.step - (self.cfg.student_start if self.cfg.stage > 1 else 0)
+
+    def lr_factor(self, name):
+        """Rise over lr_warmup steps; the student's rate falls to 0 over its last lr_decay."""
+        cfg = self.cfg
+        if name != "student":
+            return min(1.0, (self.step + 1) / max(1, cfg.lr_warmup))
+        done = self.student_steps_done()
+        rise = min(1.0, (done + 1) / max(1, cfg.lr_warmup))
+        fall_steps = cfg.lr_decay * (done + cfg.iters - self.step)
+        return rise * min(1.0, (cfg.iters - self.step) / max(1.0, fall_steps))
+
+    @torch.no_grad()
+    def update_ema(self):
+        """ema = decay * ema + (1 - decay) * student, with a smaller decay in the first steps."""
+        done = self.student_steps_done()
+        decay = min(self.cfg.ema, (done + 1) / (done + 10))
+        for average, p in zip(self.nets["ema"].parameters(), self.nets["student"].parameters()):
+            average.lerp_(p, 1 - decay)
+
+
+def latent_sides(cfg):
+    """Height and width of a latent frame."""
+    side = cfg.size // cfg.codec_patch
+    return tuple(cfg.latent_size) if cfg.latent_size[0] else (side, side)
+
+
+# ---------------------------------------------------------------- weights to start from
+
+def checkpoint_of(cfg, path):
+    """(weights, codec) of a stage's folder, or of official weights (codec None), unread.
+
+    Raises UsageError if a stage's network has another shape than this run's."""
+    settings = read_settings(path)
+    if settings is None:
+        return open_weights(path), None
+    for name in (field.name for field in fields(Shape)):
+        value = settings[name]
+        require(value == getattr(cfg, name), f"the checkpoint in {path} has {name} {value}, this "
+                f"run {getattr(cfg, name)}: use {flag(name)} {value}")
+    codec = PatchCodec.load(Path(path) / "codec.safetensors")
+    return open_weights(Path(path) / "ema.safetensors"), codec
+
+
+def starting_weights(cfg):
+    """({network: (weights, where they are)}, codec) of stages 1 to 3. The fake score starts from
+    the teacher, or from one that has followed this very student."""
+    before, teacher = start_from(cfg)
+    student, codec = checkpoint_of(cfg, before)
+    weights = {"student": (student, before), "teacher": (checkpoint_of(cfg, teacher)[0], teacher)}
+    weights["fake"] = weights["teacher"]
+    followed = before / "fake.safetensors"
+    if followed.is_file():
+        weights["fake"] = (open_weights(followed), followed)
+    return weights, codec
+
+
+def prepare(run, networks):
+    """Give a stage its codec and its networks, each with the weights that it starts from.
+
+    networks: {name: (whose weights it starts from, [(prefixes of parameter names, lr)])}"""
+    cfg = run.cfg
+    if cfg.stage == 0:
+        weights = {"student": (build(cfg).init_weights().state_dict(), run.dir)}
+    else:
+        weights, run.codec = starting_weights(cfg)
+    for name, (origin, groups) in networks.items():
+        tensors, where = weights[origin]
+        if name == "disc":
+            heads = Discriminator(None, cfg.disc_layers, queries=cfg.disc_queries, cfg=cfg)
+            backbone = {f"backbone.{key}": tensor for key, tensor in tensors.items()}
+            tensors = {**backbone, **heads.state_dict()}
+        net = run.build_sharded(name, bool(groups))
+        run.add_network(name, load_into(net, tensors, where, local_shard), groups)
+
+
+def check_start(cfg, latents):
+    """The weights that a stage starts from are elsewhere, and fit its clips."""
+    for path in start_from(cfg) if cfg.stage else ():
+        require(path.resolve() != stage_dir(cfg).resolve(), f"{path} cannot start from itself: "
+                "choose another --tag or --out")
+        codec = checkpoint_of(cfg, path)[1]
+        require(codec or latents, f"{path} was trained on latents: make some with python -m "
+                "scale.encode, and name their folder with --data")
+        require(not codec or not latents, f"{path} was trained on frames, and {cfg.data} holds "
+                "latents: leave out --data, or name a folder of videos")
+        patch = codec.patch if codec else cfg.codec_patch
+        require(patch == cfg.codec_patch, f"{path} has a codec of {patch} pixels a patch, this run "
+                f"{cfg.codec_patch}: use --codec-patch {patch}")

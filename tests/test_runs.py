@@ -1,0 +1,646 @@
+"""Runs: folders, resume, signals, bad flags and damaged files."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import data
+import losses as L
+import sample
+import train
+from experiments import evaluate, plan
+from scale import parallel, state
+from scale.run import Run, prepare
+from tests.common import (HERE, SMALL, colour_clip, command, largest_difference, logs,
+                          several_processes, small_config, timeless, weights)
+from utils import files, media, runs
+from utils.errors import UsageError, catch_signals, check_device, friendly_errors
+
+
+def test_every_stage_leaves_its_files_and_learns(small_run, capsys):
+    for stage in range(4):
+        folder = small_run / f"stage{stage}"
+        names = {p.name for p in folder.iterdir()}
+        assert {"weights.safetensors", "ema.safetensors", "codec.safetensors", "config.json",
+                "log.jsonl", "metrics.json", "state"} <= names
+        # stage 3 is the adversarial loss alone
+        assert (folder / "fake.safetensors").is_file() == (stage == 2)
+        assert len(logs(folder)) == 3
+        assert json.loads((folder / "config.json").read_text())["stage"] == stage
+        if stage:
+            before = load_file(folder.parent / f"stage{stage - 1}" / "ema.safetensors")
+            after = weights(folder)
+            assert max((after[k] - before[k]).abs().max() for k in after) > 0
+    # the same command again keeps all of it
+    train.main(["--out", str(small_run), "--iters", "3", *SMALL])
+    assert capsys.readouterr().out.count("is finished and kept") == 4
+
+
+def test_a_later_fake_score_goes_on_where_it_was(small_run, tmp_path):
+    """With --dmd in stage 3, or stage 2 trained on, it starts from stage 2's, which has followed
+    this student; else as the teacher."""
+
+    def fake(stage, start):
+        flags = ("--init", start, "--teacher", small_run / "stage0", "--out", tmp_path)
+        run = Run(small_config(stage, "--dmd-weight", 1, *flags), train.new_network)
+        prepare(run, train.networks(run.cfg))
+        return run.nets["fake"].state_dict()
+
+    followed = load_file(small_run / "stage2" / "fake.safetensors")
+    teacher = load_file(small_run / "stage0" / "ema.safetensors")
+    for found, expected in ((fake(3, small_run / "stage2"), followed),
+                            (fake(2, small_run / "stage2"), followed),
+                            (fake(2, small_run / "stage1"), teacher)):
+        assert all(torch.equal(found[k], expected[k]) for k in expected)
+    assert max((followed[k] - teacher[k]).abs().max() for k in teacher) > 0
+
+
+def test_a_failed_score_costs_no_training(small_run, tmp_path, monkeypatch, capsys):
+    """What has been trained is kept, the sentence says how to see more and how to go on, and the
+    same command goes on."""
+    flags = command(small_run, 2, "--out", tmp_path, "--iters", 2)
+    monkeypatch.setattr(evaluate, "stage_scores", lambda *_: 1 / 0)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags, "--eval-clips", "2"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "division by zero" in said and "evaluate.py" in said
+    assert "--eval-clips 0" in said
+    trained = weights(tmp_path / "stage2")
+    train.main(flags)
+    assert all(torch.equal(trained[k], w) for k, w in weights(tmp_path / "stage2").items())
+    assert json.loads((tmp_path / "stage2" / "metrics.json").read_text()).keys() == {"minutes"}
+
+
+def start(out, *flags, launcher=(sys.executable,)):
+    """A training run in a process of its own, with its output in a file."""
+    with open(f"{out}.txt", "a") as file:
+        return subprocess.Popen([*launcher, str(HERE / "train.py"), "--out", str(out), *flags],
+                                stdout=file, stderr=file, cwd=HERE)
+
+
+def wait_for_step(folder, step, seconds=60):
+    """Until a step is in a stage's log."""
+    log, deadline = folder / "log.jsonl", time.time() + seconds
+    while time.time() < deadline and not (
+            log.is_file() and len(log.read_text().splitlines()) >= step):
+        time.sleep(0.02)
+
+
+def test_training_on_draws_new_clips_and_noise(small_run, tmp_path):
+    """Stage 2 from stage 2 goes on in its data, else a control would see the same clips and noise
+    twice. Stage 3 does not."""
+
+    def run(stage, start, out):
+        flags = ("--init", start, "--teacher", small_run / "stage0", "--out", out, "--iters", 2)
+        return Run(small_config(stage, *flags), train.new_network)
+
+    assert run(2, small_run / "stage1", tmp_path).past_steps == 0
+    assert run(3, small_run / "stage2", tmp_path).past_steps == 0
+    again = run(2, small_run / "stage2", tmp_path)
+    assert again.past_steps == 3  # what the stage before was trained
+    (tmp_path / "stage1").symlink_to(small_run / "stage1")  # which has the trajectories
+    assert not torch.equal(again.draws([0], "roll").randn(4),
+                           run(2, small_run / "stage1", tmp_path).draws([0], "roll").randn(4))
+    train.main(command(small_run, 2, "--init", small_run / "stage2", "--out", tmp_path,
+                       "--tag", "on", "--iters", 2))
+    assert run(2, tmp_path / "stage2-on", tmp_path).past_steps == 5
+
+
+def test_killed_run_goes_on(small_run, tmp_path):
+    """SIGKILL in the middle of stage 3 on two processes; one process goes on. SIGTERM saves first.
+    Damage falls back."""
+    flags = command(small_run, 3, "--iters", 30, "--save-every", 5)
+    train.main(["--out", str(tmp_path / "a"), *flags])
+    folder = tmp_path / "b" / "stage3"
+    torchrun = "torchrun --nproc_per_node 2 --master_port 29515".split()
+    run = start(tmp_path / "b", *flags, launcher=torchrun)
+    wait_for_step(folder, 12)
+    subprocess.run(["pkill", "-KILL", "-f", f"out {tmp_path / 'b'}"])
+    run.wait()
+    assert len(runs.saved_states(folder)) == 2 and not (folder / "weights.safetensors").exists()
+
+    newest = runs.saved_states(folder)[0]
+    for file in newest.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    run = start(tmp_path / "b", *flags)
+    before = len((folder / "log.jsonl").read_text().splitlines())
+    time.sleep(1)
+    wait_for_step(folder, before + 2)
+    run.terminate()
+    assert run.wait() in (143, 0)  # 0: it was faster
+    train.main(["--out", str(tmp_path / "b"), *flags])
+    said = Path(f"{tmp_path / 'b'}.txt").read_text()
+    assert f"{newest} is damaged" in said and "goes on at step" in said and "Traceback" not in said
+    assert largest_difference(weights(tmp_path / "a" / "stage3"), weights(folder)) < 1e-4
+    assert [line["step"] for line in logs(folder)] == list(range(1, 31))
+    minutes = [line["minutes"] for line in logs(folder)]  # they go on as well
+    assert minutes == sorted(minutes)
+    assert json.loads((folder / "metrics.json").read_text())["minutes"] >= minutes[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(4))
+def test_kill_at_a_random_moment_is_bit_for_bit(small_run, tmp_path, stage):
+    """SIGKILL twice, whenever it comes: while starting, stepping or saving. The run that goes on
+    ends as if nothing had been."""
+    flags = command(small_run, stage, "--iters", 40, "--save-every", 3)
+    began = time.time()
+    assert start(tmp_path / "a", *flags).wait() == 0
+    whole = time.time() - began
+    moment = np.random.default_rng(stage)
+    for _ in range(2):
+        run = start(tmp_path / "b", *flags)
+        time.sleep(moment.uniform(0.3, 0.9) * whole)
+        run.kill()
+        run.wait()
+    assert start(tmp_path / "b", *flags).wait() == 0
+    one, two = (tmp_path / name / f"stage{stage}" for name in "ab")
+    uncut, resumed = weights(one), weights(two)
+    assert all(torch.equal(uncut[k], resumed[k]) for k in uncut)
+    assert timeless(one) == timeless(two)
+
+
+@pytest.mark.parametrize("flags", [
+    "--context-level -1", "--context-level 0.1 --dmd-diff-weight 1 --student-steps 2"])
+def test_relatives_are_switches(small_run, tmp_path, flags):
+    """Diagonal Forcing and flow distribution matching train, and change what is learnt."""
+    usual = command(small_run, 2, "--iters", 3)
+    train.main(["--out", str(tmp_path / "a"), *usual])
+    train.main(["--out", str(tmp_path / "b"), *usual, *flags.split()])
+    assert largest_difference(weights(tmp_path / "a/stage2"), weights(tmp_path / "b/stage2")) > 1e-6
+    sample.main(["--weights", str(tmp_path / "b/stage2"), "--from-data", "--frames", "10",
+                 "--context-level", "0.1", "--out", str(tmp_path / "v.gif")])
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike(small_run, tmp_path):
+    flags = command(small_run, 2, "--iters", 3)
+    train.main(["--out", str(tmp_path / "a"), *flags])
+    train.main(["--out", str(tmp_path / "b"), *flags, "--compile"])
+    one, two = weights(tmp_path / "a/stage2"), weights(tmp_path / "b/stage2")
+    assert largest_difference(one, two) < 1e-3  # Adam amplifies rounding
+
+
+def test_full_disk_keeps_the_old_state(small_run, tmp_path):
+    """A limit on the size of files stands in for a full disk."""
+    flags = " ".join(command(small_run, 2, "--out", tmp_path, "--iters", 6, "--save-every", 2))
+    out = subprocess.run(["bash", "-c", f"ulimit -f 100; exec python train.py {flags}"], cwd=HERE,
+                         capture_output=True, text=True)
+    assert out.returncode == 2 and "cannot write" in out.stderr and "Traceback" not in out.stderr
+    assert not runs.saved_states(tmp_path / "stage2")
+    assert not (tmp_path / "stage2/state/new").exists()
+
+
+@pytest.mark.parametrize("stage, more", [
+    (0, "--muon-lr 0.02"), (3, "--activation-checkpointing"), (3, "--context-parallel 2")])
+def test_several_processes_in_half_precision(small_run, tmp_path, stage, more):
+    """Gathered in bfloat16, under autocast, with Muon and a paired loss: the same losses up to that
+    precision."""
+    flags = command(small_run, stage, "--iters", 3, "--dtype", "bfloat16", "--gan-loss",
+                    "relativistic", "--gan-ratio", 0.3)
+    train.main(["--out", str(tmp_path / "a"), *flags])
+    several_processes(2, tmp_path, "--out", str(tmp_path / "b"), *flags, *more.split())
+    for a, b in zip(*(logs(tmp_path / name / f"stage{stage}") for name in "ab")):
+        for name in {"loss", "fake_loss", "dmd", "distance", "motion", "anchor"} & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=0.02)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--stage 0 --preset huge", "--preset huge is unknown"),
+    ("--stage 7", "--stage 7 is unknown"),
+    ("--no-such-flag 3", "unrecognized arguments"),
+    ("--stage 0 --frames 15", "use --frames 16"),
+    ("--stage 0 --size 33", "use --size 32"),
+    ("--stage 0 --data nowhere", "nowhere is not a folder of videos"),
+    ("--stage 2", "holds no finished stage"),
+    ("--stage 3 --dmd-weight 0 --gan-weight 0", "nothing to learn from"),
+    ("--chunk 0", "--chunk takes 1 or more"),
+    ("--ode-points 0", "--ode-points 0 does not work: it has to be at least 1"),
+    ("--num-heads 3", "does not divide into --num-heads"),
+    ("--in-dim 8", "must be the same"),
+    ("--seed 100", "held-out"),
+    ("--tag mine", "belong to one stage"),
+    ("--device tpu", "choose cuda, mps or cpu"),
+    ("--device mps", "is not available"),
+    ("--context-parallel 0", "--context-parallel 0 does not work"),
+    ("--context-parallel 3", "heads"),
+    ("--stage 0 --context-parallel 2", "does not divide 1 processes"),
+    ("--latent-size 5 6", "divide by 2"),
+    ("--betas 0.5", "two numbers"),
+    ("--window 0", "--window 0 does not work"),
+    ("--shift nan", "--shift nan does not work"),
+    ("--freq-dim 63", "must be even"),
+    ("--in-dim 100 --out-dim 100", "has only 48 components"),
+    ("--ode-point-weights 0 0 0 0 0", "from 0 up"),
+    ("--frames 2 --chunk 1", "at least 3"),
+    ("--lr -1", "--lr -1.0 does not work"),
+    ("--preset wan-1.3b --stage 0", "--teacher"),
+    ("--gpus 8", "unrecognized arguments: --gpus"),
+    ("--recompute", "--recompute is now --activation-checkpointing"),
+    ("--dmd 1", "--dmd is now --dmd-weight"),
+    ("--first 2 --frames 8", "--sink 1 is below --first 2"),
+    ("--stage 3 --disc-granularity pixel", "--disc-granularity pixel is unknown"),
+    ("--stage 0 --batch-size 0", "--batch-size 0 does not work"),
+    ("--stage 3 --disc-layers 9", "--disc-layers 9 does not work"),
+    ("--stage 3 --disc-layers 1 1", "different blocks"),
+    ("--stage 2 --gan-weight 1 --disc-layers 9", "--disc-layers 9 does not work"),
+    ("--betas 0.9 1", "below 1"),
+    ("--dim 0", "--dim 0 does not work"),
+    ("--stage 3 --iters 20 --student-start 20", "--iters 20 end before --student-start 20"),
+    ("--stage 2 --control", "--control is for the whole recipe"),
+    ("--turns 1.5", "--turns 1.5 does not work: it has to be between 0 and 1"),
+    ("--stop-spread 2", "--stop-spread 2.0 does not work"),
+    ("--weight-decay -1", "--weight-decay -1.0 does not work"),
+    ("--ode-anchor -1", "--ode-anchor -1.0 does not work"),
+    ("--probe-every -1", "--probe-every -1 does"),
+    ("--stage 3 --gan-loss hinge", "--gan-loss hinge is unknown"),
+    ("--stage 1 --ode-point-weights 1 2", "--ode-point-weights needs 5"),
+    ("--stage 1 --ode-steps 9", "no multiple of --ode-points"),
+    ("--stage 0 --dtype float8", "--dtype float8 is unknown"),
+    ("--ema 2", "--ema 2.0 does not work: it has to be between 0 and 1"),
+    ("--guidance nan", "--guidance nan does not work"),
+    ("--tag a/b --stage 0", "--tag a/b becomes part"),
+    ("--context-level 3", "--context-level 3.0 does not work"),
+    ("--stage 2 --fake-updates -1", "--fake-updates -1 does not work"),
+    ("--latent-size -60 104", "--latent-size -60 104 does not work"),
+    ("--latent-size 0 104", "--latent-size 0 104 does not work")])
+def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(tmp_path), *flags.split()])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and "Traceback" not in error
+    assert error.count("\n") <= 1
+
+
+def test_weights_that_changed_since_are_noticed(small_run, tmp_path, capsys):
+    """A finished stage is not kept in silence when what it started from has been trained again."""
+    for name in ("stage0", "stage1"):
+        shutil.copytree(small_run / name, tmp_path / name)
+    train.main(["--out", str(tmp_path), "--stage", "1", "--iters", "3", *SMALL])
+    assert "is finished and kept" in capsys.readouterr().out
+    save_file({k: v + 1 for k, v in load_file(tmp_path / "stage0/ema.safetensors").items()},
+              tmp_path / "stage0/ema.safetensors")
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path), "--stage", "1", "--iters", "3", *SMALL])
+    assert "was started from other weights" in capsys.readouterr().err
+
+
+def test_a_state_of_an_unknown_run_is_not_gone_on_from(small_run, tmp_path, capsys):
+    shutil.copytree(small_run / "stage0", tmp_path / "stage0")
+    (tmp_path / "stage0" / "config.json").unlink()
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path), "--stage", "0", "--iters", "3", *SMALL])
+    assert "no config.json" in capsys.readouterr().err and runs.saved_states(tmp_path / "stage0")
+    train.main(["--out", str(tmp_path), "--stage", "0", "--iters", "3", *SMALL, "--no-resume"])
+
+
+def test_what_is_finished_is_not_lost(small_run, tmp_path, capsys):
+    """The whole recipe again trains only what is out of date; --no-resume removes nothing before
+    all has been checked."""
+    shutil.copytree(small_run, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "stage0" / "metrics.json").unlink()  # killed while it was scored
+    train.main(["--out", str(tmp_path), "--iters", "3", *SMALL])
+    assert capsys.readouterr().out.count("is finished and kept") == 3
+    assert (tmp_path / "stage0" / "metrics.json").is_file()
+    for flags in (["--data", "nowhere"], ["--in-dim", "100", "--out-dim", "100"]):
+        with pytest.raises(SystemExit):
+            train.main(["--out", str(tmp_path), "--stage", "0", "--no-resume", *SMALL, *flags])
+    assert (tmp_path / "stage0" / "weights.safetensors").is_file()
+    train.main(["--out", str(tmp_path), "--stage", "0", "--no-resume", "--iters", "3", *SMALL,
+                "--lr", "1e-3"])
+    # as if trained with these settings
+    shutil.copy(small_run / "stage0" / "config.json", tmp_path / "stage0")
+    (tmp_path / "stage0" / "metrics.json").unlink()
+    before = weights(tmp_path / "stage1")
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path), "--iters", "3", *SMALL])
+    # nobody said that they may go
+    assert "stage1 was started from other weights" in capsys.readouterr().err
+    assert all(torch.equal(before[k], w) for k, w in weights(tmp_path / "stage1").items())
+    (tmp_path / "stage2" / "fake.safetensors").write_bytes(b"no weights")
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path), "--stage", "3", "--no-resume", "--iters", "3", *SMALL])
+    assert "fake.safetensors cannot be read" in capsys.readouterr().err
+    assert (tmp_path / "stage3" / "weights.safetensors").is_file()
+
+
+def test_two_runs_do_not_meet_in_a_folder(tmp_path, capsys):
+    flags = ["--out", str(tmp_path), "--stage", "0", "--iters", "2", *SMALL]
+    with runs.locked(tmp_path / "stage0"), pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    assert stop.value.code == 2 and "another run is training" in capsys.readouterr().err
+    train.main(flags)
+    assert len(logs(tmp_path / "stage0")) == 2
+
+
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+    def none_here(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(runs.fcntl, "flock", none_here)
+    train.main(["--out", str(tmp_path), "--stage", "0", "--iters", "1", *SMALL])
+    assert (tmp_path / "stage0" / "metrics.json").is_file()
+
+
+def test_a_damaged_trajectory_is_named(small_run, tmp_path, capsys):
+    shutil.copytree(small_run, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "stage1" / "metrics.json").unlink()
+    shutil.rmtree(tmp_path / "stage1" / "state")
+    for path in (tmp_path / "stage1" / "trajectories").iterdir():
+        path.write_bytes(b"damaged")
+    flags = ["--out", str(tmp_path), "--stage", "1", "--iters", "3", *SMALL]
+    with pytest.raises(SystemExit):
+        train.main(flags)
+    assert "remove it, and run the command that made it again" in capsys.readouterr().err
+    for path in (tmp_path / "stage1" / "trajectories").iterdir():
+        path.unlink()
+    train.main(flags)
+
+
+def test_a_teacher_of_frames_takes_no_latents(small_run, tmp_path, capsys):
+    save_file({"latents": torch.zeros(9, 8, 8, 8), "text": torch.zeros(4, 32)},
+              tmp_path / "a.safetensors")
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path / "out"), "--stage", "1", "--teacher",
+                    str(small_run / "stage0"), "--data", str(tmp_path), *SMALL])
+    assert "was trained on frames" in capsys.readouterr().err
+
+
+def test_settings_that_are_none(tmp_path, capsys):
+    (tmp_path / "stage0").mkdir()
+    (tmp_path / "stage0" / "config.json").write_text("[1]")
+    with pytest.raises(UsageError, match="config.json is damaged"):
+        runs.read_settings(tmp_path / "stage0")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--stage", "0", "--out", str(tmp_path), *SMALL])
+    assert stop.value.code == 2
+    assert "config.json is damaged: --no-resume trains the stage again" in capsys.readouterr().err
+
+
+def test_the_folder_of_the_clips_is_no_folder_for_results(tmp_path, capsys):
+    colour_clip(tmp_path, "a.mp4")
+    for flags, message in ((["--out", str(tmp_path)], "is the folder of the clips"),
+                           (["--out", str(tmp_path / "b"), "--fps", "1"], "or raise --fps")):
+        with pytest.raises(SystemExit):
+            train.main(["--data", str(tmp_path), "--stage", "0", *SMALL, *flags])
+        assert message in capsys.readouterr().err
+
+
+def test_the_same_folder_by_another_name_is_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clips").mkdir()
+    colour_clip(tmp_path / "clips", "a.mp4")
+    for name in ("clips", "./clips/", str(tmp_path / "clips")):
+        train.main(["--data", name, "--out", "b", "--stage", "0", "--iters", "1", *SMALL])
+    assert capsys.readouterr().out.count("is finished and kept") == 2
+    monkeypatch.chdir(tmp_path / "clips")  # and the stage finds it from elsewhere
+    sample.main(["--weights", "../b/stage0", "--from-data", "--out", "a.gif"])
+    assert Path("a.gif").is_file()
+
+
+@pytest.mark.parametrize("error, said, status", [
+    (OSError(28, "No space left on device", "x/log.jsonl"),
+     "x/log.jsonl: No space left on device: check", 2),
+    (torch.OutOfMemoryError("CUDA out of memory."), "lower --micro-batch", 2),
+    (KeyboardInterrupt(), "interrupted", 130),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+     "lower --micro-batch", 2)])
+def test_what_disks_devices_and_people_do_is_one_sentence(error, said, status, capsys):
+    with pytest.raises(SystemExit) as stop, friendly_errors():
+        raise error
+    assert stop.value.code == status and said in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_first(tmp_path, monkeypatch):
+    def step(run):
+        if run.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train.teacher_step(run)
+
+    monkeypatch.setitem(train.STEPS, 0, step)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(tmp_path), "--stage", "0", "--iters", "9", *SMALL])
+    assert stop.value.code == 130
+    assert [p.name for p in runs.saved_states(tmp_path / "stage0")] == ["step-0000002"]
+
+
+def test_the_second_ctrl_c_does_what_it_always_did():
+    with pytest.raises(KeyboardInterrupt), catch_signals(signal.SIGINT) as came:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert came == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_while_a_state_is_saved(monkeypatch, tmp_path):
+    def interrupted(*_, **__):
+        raise state.CheckpointException("save", {0: (KeyboardInterrupt(), None)})
+
+    monkeypatch.setattr(state.dcp, "save", interrupted)
+    monkeypatch.setattr(state, "state_of", lambda run: {})
+    with pytest.raises(KeyboardInterrupt):
+        state.save_state(SimpleNamespace(dir=tmp_path, step=1, is_main=True))
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    with pytest.raises(UsageError, match="cpu:0: choose cuda, mps or cpu"):
+        check_device("cpu:0")
+    monkeypatch.setenv("RANK", "99")
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with (pytest.raises(UsageError, match="torchrun asks for more processes"),
+          parallel.processes("cuda")):
+        pytest.fail("there are not 100 GPUs")
+
+
+def test_every_clip_of_a_folder_has_to_fit(tmp_path):
+    """Not only the first: the others are read in the middle of a training."""
+    for name, length in (("a", 4), ("b", 5)):
+        save_file({"latents": torch.zeros(9, 4, 4, 6), "text": torch.zeros(length, 8)},
+                  tmp_path / f"{name}.safetensors")
+    cfg = train.TrainConfig(in_dim=4, text_dim=8, text_len=4, patch=2, stage=3, frames=9)
+    folder = data.open_dataset(replace(cfg, data=str(tmp_path)), [])
+    with pytest.raises(UsageError, match="b.safetensors has 4 channels, .* text up to 4 x 8"):
+        folder.batch(range(20))
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def full(tensors, path):
+        Path(path).write_bytes(b"part")
+        raise files.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(UsageError, match="cannot write .*No space left on device; free some space"):
+        files.save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, text", [
+    ("config.json", "{"), ("config.json", '{"stage": 1}'), ("codec.safetensors", "")])
+def test_damaged_files_of_a_stage_are_one_sentence(small_run, tmp_path, capsys, name, text):
+    shutil.copytree(small_run / "stage1", tmp_path / "stage1")
+    (tmp_path / "stage1" / name).write_text(text)
+    with pytest.raises(SystemExit) as stop, friendly_errors():
+        sample.main(["--weights", str(tmp_path / "stage1"), "--from-data", "--out",
+                     str(tmp_path / "a.gif")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and name in error and error.count("\n") == 1
+
+
+def test_without_an_image(small_run, tmp_path, capsys):
+    """--first 0: a video from the caption alone."""
+    flags = ["--out", str(tmp_path), *SMALL, *"--first 0 --frames 6 --iters 2".split()]
+    train.main(["--stage", "0", *flags])
+    train.main(["--stage", "1", *flags])
+    sample.main(["--weights", str(tmp_path / "stage1"), "--prompt", "red disc", "--frames", "9",
+                 "--out", str(tmp_path / "a.gif")])
+    assert len(media.read_video(tmp_path / "a.gif", 32)) == 9
+    # nobody told it this clip's background
+    scores = evaluate.stage_scores(tmp_path / "stage1", number=2)
+    assert "quality_error" not in scores and "motion_smoothness" in scores
+    for flags in (["--image", "assets/example.png"], []):
+        with pytest.raises(UsageError, match="was trained with(out an image| --first 0).*--prompt"):
+            sample.main(["--weights", str(tmp_path / "stage1"), *flags, "--out",
+                         str(tmp_path / "a.gif")])
+
+
+def test_a_checkpoint_of_another_shape_is_explained(small_run, tmp_path, capsys):
+    for flags, message in ((["--dim", "64"], "has dim 32, this run 64: use --dim 32"),
+                           (["--codec-patch", "8"],
+                            "has a codec of 4 pixels a patch, this run 8: use --codec-patch 4")):
+        with pytest.raises(SystemExit):
+            train.main(["--out", str(tmp_path), "--stage", "1", "--init", str(small_run / "stage0"),
+                        *SMALL, *flags])
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(small_run), "--stage", "1", "--iters", "3", *SMALL, "--lr", "0.5"])
+    assert "was trained with lr" in capsys.readouterr().err
+
+
+def test_help_says_what_the_toy_has(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    iters = ", ".join(str(recipe["iters"]) for recipe in train.RECIPES["toy"].values())
+    assert stop.value.code == 0 and f"training steps of the stage [stages 0 to 3: {iters}]" in said
+    assert "attention heads; dim / num_heads must be even [4]" in said
+
+
+def test_non_finite_gradients_stop_the_run(tmp_path, capsys, monkeypatch):
+    loss = L.flow_matching_loss
+    monkeypatch.setattr(L, "flow_matching_loss", lambda *args: loss(*args) * float("nan"))
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path), "--stage", "0", "--iters", "9", "--max-bad-steps", "3",
+                    *SMALL])
+    assert "stage 0, step 3: 3 non-finite gradients in a row" in capsys.readouterr().err
+
+
+def test_stage_two_stops_early_and_stage_three_does_not(small_run, tmp_path, monkeypatch, capsys):
+    """Spread is measured every --probe-every steps; a stage that stopped is finished."""
+    spreads = iter([1.0, 0.4, 0.1, 1.0, 0.4, 0.1])
+    monkeypatch.setattr(train, "probe_spread", lambda run: next(spreads))
+    flags = ["--teacher", str(small_run / "stage0"), "--out", str(tmp_path), "--iters", "5",
+             "--probe-every", "2", *SMALL]
+    for stage, steps in (("2", 3), ("3", 5)):
+        if stage == "3":
+            assert next(spreads) == 0.1  # which stage 2 did not ask for
+        train.main(["--stage", stage, "--init", str(small_run / f"stage{int(stage) - 1}"), *flags])
+        log = logs(tmp_path / f"stage{stage}")
+        assert [line["step"] for line in log] == list(range(1, steps + 1))
+        probed = [line["step"] for line in log if "spread" in line]
+        assert probed == list(range(1, steps + 1, 2))
+    assert "stops early at step 3: seeds of one image differ by 0.400" in capsys.readouterr().out
+    assert (tmp_path / "stage2" / "metrics.json").is_file()
+
+
+def test_spread_of_a_student_that_ignores_its_noise(monkeypatch):
+    """It is 0, and 1 if the last chunk is the noise itself."""
+    run = plan.Rehearsal(small_config(2))
+    for ignores, spread in ((True, 0.0), (False, 1.0)):
+        def rolled(model, first, text, randn, *_, **__):
+            return [first, first.expand(-1, 3, -1, -1, -1) if ignores else randn(3)]
+
+        monkeypatch.setattr(train, "rollout", rolled)
+        assert train.probe_spread(run) == pytest.approx(spread, abs=0.03)
+
+
+def test_without_the_anchor_nothing_of_it_is_left(small_run, tmp_path, monkeypatch):
+    """--ode-anchor 0 trains as if the term did not exist; it takes no noise from the others."""
+    flags = command(small_run, 2, "--iters", 2, "--probe-every", 0)
+    for name, more in (("with", []), ("without", ["--ode-anchor", "0"]), ("emptied", [])):
+        if name == "emptied":
+            monkeypatch.setattr(train, "anchor_step", lambda run, batch: {})
+        train.main(["--out", str(tmp_path / name), *flags, *more])
+    folders = [tmp_path / name / "stage2" for name in ("with", "without", "emptied")]
+    there, none, emptied = map(weights, folders)
+    assert all(torch.equal(none[k], emptied[k]) for k in none)
+    assert timeless(folders[1]) == timeless(folders[2])
+    assert largest_difference(there, none) > 1e-6
+    # from the student's first step on
+    assert ["anchor" in line for line in logs(folders[0])] == [False, True]
+    assert not any("anchor" in line for line in logs(folders[1]))
+
+
+def test_an_anchor_needs_trajectories(small_run, tmp_path, capsys):
+    shutil.copytree(small_run / "stage1", tmp_path / "start",
+                    ignore=shutil.ignore_patterns("trajectories"))
+    flags = command(small_run, 2, "--init", tmp_path / "start", "--out", tmp_path, "--iters", 2)
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "needs the teacher's trajectories" in said
+    assert "--ode-anchor 0" in said and said.count("\n") == 1
+    assert not (tmp_path / "stage2").exists()
+    train.main([*flags, "--ode-anchor", "0"])
+
+
+def test_the_discriminator_is_told_which_pass_it_was(monkeypatch):
+    """Student's term and discriminator look at the clip of the same exit step, which both passes
+    take their turn at."""
+    flags = "--student-steps 2 --gan-interval --ode-anchor 0 --probe-every 0 --student-start 0"
+    run, left, judged = plan.Rehearsal(small_config(3, *flags.split())), [], []
+    rollout, level = train.rollout, train.disc_level
+    monkeypatch.setattr(train, "rollout",
+                        lambda *args, **more: left.append(args[6]) or rollout(*args, **more))
+    monkeypatch.setattr(train, "disc_level",
+                        lambda cfg, draws, x, exit_step: judged.append(exit_step)
+                        or level(cfg, draws, x, exit_step))
+    for run.step in range(6):
+        train.distil_step(run)
+    # one of the student, two of the discriminator
+    assert judged == [exit_step for exit_step in left for _ in range(3)] and set(left) == {0, 1}
+
+
+def test_weight_decay_reaches_every_network_that_is_trained():
+    for stage, names in ((0, {"student"}), (2, {"student", "fake"}), (3, {"student", "disc"})):
+        run = plan.Rehearsal(small_config(stage, "--weight-decay", "0.03", "--backbone-lr", "1e-4"))
+        assert {name for name, optimizers in run.optimizers.items() if optimizers} == names
+        groups = [g for optimizers in run.optimizers.values() for o in optimizers
+                  if isinstance(o, torch.optim.AdamW) for g in o.param_groups]
+        assert len(groups) >= len(names) and all(g["weight_decay"] == 0.03 for g in groups)
+
+
+def test_control_trains_stage_two_on_for_as_many_steps(small_run, tmp_path, capsys):
+    """After the recipe: from stage 2, whose student makes the steps that stage 3's made; what is
+    finished is kept."""
+    shutil.copytree(small_run, tmp_path, dirs_exist_ok=True)
+    train.main(["--out", str(tmp_path), "--control", "--iters", "3", *SMALL])
+    settings = json.loads((tmp_path / "stage2-control/config.json").read_text())
+    on = logs(tmp_path / "stage2-control")
+    three = logs(tmp_path / "stage3")
+    assert capsys.readouterr().out.count("is finished and kept") == 4
+    assert len(on) == 2 and all("grad" in line for line in on)
+    assert sum("grad" in line for line in three) == 2
+    assert settings["stage"] == 2 and settings["init"] == str(tmp_path / "stage2")
+    assert settings["stop_spread"] == 0 and settings["steps_before"] == 3

@@ -1,0 +1,88 @@
+"""The sampling command."""
+
+import os
+import signal
+
+import imageio.v2 as iio
+import numpy as np
+import pytest
+import torch
+
+import data
+import sample
+from utils import media
+from utils.errors import friendly_errors
+
+
+def test_sampling_command(small_run, tmp_path):
+    photo = tmp_path / "photo.png"
+    iio.imwrite(photo, (np.random.default_rng(0).random((60, 80, 3)) * 255).astype(np.uint8))
+    for flags, frames in ((["--image", str(photo), "--prompt", "red disc moving left"], 7),
+                          (["--from-data", "--frames", "20"], 20),
+                          (["--from-data", "--steps", "4", "1", "--frames", "8"], 8)):
+        out = tmp_path / f"{frames}.gif"
+        sample.main(["--weights", str(small_run / "stage3"), *flags, "--out", str(out)])
+        assert len(media.read_video(out, 32)) == frames
+    sample.main(["--weights", str(small_run / "stage0"), "--from-data", "--out",
+                 str(tmp_path / "teacher.mp4")])
+    assert len(media.read_video(tmp_path / "teacher.mp4", 32)) == 7
+
+
+def test_an_interrupted_stream_is_kept(small_run, tmp_path, monkeypatch, capsys):
+    """And --from-data --seed N is the clip that evaluate.py calls N."""
+
+    def interrupted(net, settings, first, *args):
+        yield first
+        os.kill(os.getpid(), signals.pop())
+        yield first.expand(-1, 3, -1, -1, -1)
+        pytest.fail("went on after Ctrl-C")
+
+    monkeypatch.setattr(sample, "generate_chunks", interrupted)
+    signals = [signal.SIGTERM, signal.SIGINT]
+    for ending in ("mp4", "gif"):
+        sample.main(["--weights", str(small_run / "stage3"), "--from-data", "--seed", "3", "--out",
+                     str(tmp_path / f"3.{ending}")])
+        assert len(media.read_video(tmp_path / f"3.{ending}", 32)) == 4
+    clip = data.ToyWorld(32, 7).batch([data.held_out_ids(1)[0] + 3])
+    assert clip["text"][0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--weights nowhere --from-data", "holds no finished stage"),
+    ("--from-data --out x.avi", "mp4 or .gif"),
+    ("--image none.png", "none.png is not a file"),
+    ("--from-data --steps 0", "--steps 0 does not work"),
+    ("--from-data --what", "unrecognized arguments"),
+    ("--from-data --zoom -2", "--zoom -2 does not work"),
+    ("--from-data --zoom 1000", "use 0 to 100"),
+    ("--from-data --window 0", "--window 0 does not work"),
+    ("--prompt circle", "animates an image"),
+    ("--from-data --device tpu", "choose cuda, mps or cpu"),
+    ("--weights stage1/ema.safetensors --from-data", "name its folder"),
+    ("--weights stage0 --from-data --chunk 2", "is a teacher"),
+    ("--weights stage0 --from-data --steps 4 1", "is a teacher"),
+    ("--from-data --out file/x.gif", "cannot write")])
+def test_bad_sampling_is_one_sentence(small_run, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("stage0", "stage1"):
+        (tmp_path / name).symlink_to(small_run / name)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop, friendly_errors():
+        sample.main([*(() if "--weights" in flags else ("--weights", str(small_run / "stage1"))),
+                     *flags.split()])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and message in said and said.count("error:") == 1
+
+
+def test_more_passes_cost_more_time(small_run):
+    """One pass a chunk and four: 2 chunks, and the context passes of image and first chunk."""
+    net, codec, settings = sample.load_stage(small_run / "stage3")
+    text, first, g = torch.zeros(1, 6, 32), torch.zeros(1, 1, 8, 8, 8), torch.Generator()
+    passes = []
+    hook = net.register_forward_pre_hook(lambda *_: passes.append(1))
+    for steps, expected in ((1, 2 + 2), (4, 8 + 2)):
+        passes.clear()
+        list(sample.rollout(net, first, text, lambda f: torch.randn(1, f, 8, 8, 8, generator=g), 7,
+                            steps))
+        assert len(passes) == expected
+    hook.remove()

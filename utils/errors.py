@@ -1,0 +1,81 @@
+"""Errors that a user can fix: one sentence on stderr, a non-zero exit status, no traceback."""
+import contextlib
+import signal
+import sys
+
+import torch
+
+
+class UsageError(ValueError):
+    """A mistake in a command or its input: one sentence that names the thing and the remedy."""
+
+
+def require(condition, sentence):
+    """Raise UsageError with this sentence unless the condition holds."""
+    if not condition:
+        raise UsageError(sentence)
+
+
+def first_line(error):
+    """The first line of an exception's message, at most 150 characters."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:150]
+
+
+def is_out_of_memory(error):
+    """Whether an exception means that memory ran out; the CPU's allocator has no own type."""
+    return (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            or "can't allocate memory" in str(error))
+
+
+@contextlib.contextmanager
+def friendly_errors():
+    """Print UsageErrors, file system errors, lack of memory and Ctrl-C as one sentence and exit:
+    status 2, or 130 for Ctrl-C. Everything else keeps its traceback."""
+    message, status = None, 2
+    try:
+        yield
+    except UsageError as error:
+        message = error
+    except OSError as error:
+        where = error.filename or "the file system"
+        message = (f"{where}: {error.strerror or error}: check the path, its permissions and the "
+                   "free space")
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = (f"out of memory ({first_line(error)}): train.py takes a lower --micro-batch, "
+                   "--activation-checkpointing or more devices, the others smaller clips")
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(status)
+
+
+@contextlib.contextmanager
+def catch_signals(*signals):
+    """A list to which the signals are appended, so that a loop can stop between two steps. A second
+    signal falls back to the default handler."""
+    received, handlers = [], {number: signal.getsignal(number) for number in signals}
+
+    def note(number, _):
+        received.append(number)
+        signal.signal(number, handlers[number])
+
+    try:
+        for number in signals:
+            signal.signal(number, note)
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def check_device(name):
+    """Raise UsageError if this machine has no such device."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(),
+                 "mps": torch.backends.mps.is_available()}
+    require(name in available, f"--device {name}: choose cuda, mps or cpu; the variable "
+            "CUDA_VISIBLE_DEVICES chooses the GPU")
+    require(available[name], f"--device {name} is not available: leave it out to use what there is")

@@ -1,0 +1,161 @@
+"""Media files: images and videos to tensors and back, through imageio, Pillow and ffmpeg."""
+import contextlib
+import itertools
+import re
+from pathlib import Path
+
+import imageio.v2 as iio
+import numpy as np
+import torch
+from einops import rearrange
+from imageio.v3 import improps, imread
+from imageio_ffmpeg import count_frames_and_secs
+from PIL import Image, ImageOps
+
+from utils.errors import UsageError, first_line, require
+from utils.files import atomic_write
+
+VIDEO_ENDINGS = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+FFMPEG = {  # file ending -> how ffmpeg writes it
+    ".mp4": dict(codec="libx264", quality=8,
+                 output_params=["-preset", "veryfast"]),  # must keep up with the stream
+    ".gif": dict(codec="gif", pixelformat="pal8", output_params=[  # a palette for every frame
+        "-filter_complex",
+        "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none",
+        "-loop", "0"]),
+}
+
+
+def parse_size(text):
+    """"480x832" -> (480, 832), height and width in pixels, multiples of 16."""
+    numbers = tuple(map(int, re.findall("[0-9]+", text)))
+    valid = len(numbers) == 2 and text == "{}x{}".format(*numbers)
+    require(valid and all(n and n % 16 == 0 for n in numbers),
+            f"--size {text} is not height x width in multiples of 16: use --size 480x832")
+    return numbers
+
+
+# ---------------------------------------------------------------- reading
+
+def image_files(folder):
+    """The images of a folder in the order of their names, numbers by value: 2.png before 10.png."""
+    def natural(path):
+        parts = re.split(r"(\d+)", path.name)
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+    images = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
+    return sorted(images, key=natural)
+
+
+def fit_frame(frame, size):
+    """(H, W, 3 or 4) or grey (H, W) uint8 -> (3, h, w) uint8: resized (anti-aliased) until it
+    covers size = (h, w), or the side of a square; the centre is kept."""
+    height, width = (size, size) if isinstance(size, int) else size
+    image = Image.fromarray(frame).convert("RGB")
+    fitted = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+
+
+def load_picture(path):
+    """An image file as (H, W, 3) uint8, rotated as its EXIF says; grey (8 or 16 bits), palette and
+    CMYK become RGB."""
+    first_frame = dict(plugin="pillow", index=0)
+    if improps(path, **first_frame).dtype == np.uint16:  # Pillow would clip at 255
+        grey = imread(path, rotate=True, **first_frame) >> 8
+        return grey.astype(np.uint8)[..., None].repeat(3, 2)
+    return imread(path, rotate=True, mode="RGB", **first_frame)
+
+
+def read_image(path, size):
+    """An image file as a clip of one frame (1, 1, 3, h, w) in [-1, 1]; size as in fit_frame()."""
+    require(Path(path).is_file(), f"{path} is not a file: --image takes an image file")
+    try:
+        frame = load_picture(path)
+    except Exception as error:
+        raise UsageError(f"{path} cannot be read as an image ({first_line(error)}): convert it to "
+                         "png or jpg") from None
+    return fit_frame(frame, size)[None, None].float() / 127.5 - 1
+
+
+def open_frames(path, stack):
+    """The raw frames of a video file or a folder of images, and their rate (0 for a folder)."""
+    if path.is_dir():
+        return map(load_picture, image_files(path)), 0
+    reader = stack.enter_context(iio.get_reader(path))
+    info = reader.get_meta_data()
+    return reader, info.get("fps") or 1000 / max(1, info.get("duration") or 100)
+
+
+def iter_frames(path, size, fps=0.0):
+    """The frames (3, h, w) uint8 of a video file or a folder of images, one by one, thinned to
+    `fps` unless that is 0. Raises UsageError if it cannot be read or is empty."""
+    path, taken = Path(path), 0
+    try:
+        with contextlib.ExitStack() as stack:
+            frames, rate = open_frames(path, stack)
+            thin = 0 < fps < rate
+            for i, frame in enumerate(frames):
+                if not thin or i == int(taken * rate / fps):
+                    yield fit_frame(frame, size)
+                    taken += 1
+    except Exception as error:
+        raise UsageError(f"{path} cannot be read as a video ({first_line(error)}): remove it, or "
+                         "convert it to mp4") from None
+    require(taken, f"{path} has no frames: remove it, or convert it to mp4")
+
+
+def read_video(path, size, fps=0.0):
+    """All frames of a video file or a folder of images: (f, 3, h, w) uint8.
+
+    Collected in blocks of 64: small tensors kept between the large temporary ones fragment the
+    heap (it took 200 KB a frame of 256 x 256 pixels)."""
+    frames = iter_frames(path, size, fps)
+    blocks = iter(lambda: list(itertools.islice(frames, 64)), [])
+    return torch.cat([torch.stack(block) for block in blocks])
+
+
+# ---------------------------------------------------------------- writing
+
+def to_uint8(frames):
+    """(..., 3, H, W) in [-1, 1] -> numpy (..., H, W, 3) uint8"""
+    scaled = (frames.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().byte().movedim(-3, -1).numpy()
+
+
+def count_frames(path):
+    """Frames of a video file, 0 if it has none that can be counted."""
+    with contextlib.suppress(RuntimeError):
+        return count_frames_and_secs(f"file:{path}")[0]  # or ffmpeg sees a protocol in 12:30.mp4
+    return 0
+
+
+@contextlib.contextmanager
+def video_writer(path, fps=8, zoom=1):
+    """A function that takes frames (f, 3, H, W) in [-1, 1], part by part, and writes an mp4 or gif.
+
+    Memory is constant; the file appears when all is written. Pixels are enlarged `zoom` times."""
+    path, sent = Path(path), 0
+    options = dict(fps=fps, macro_block_size=1, ffmpeg_log_level="error",
+                   **FFMPEG[path.suffix.lower()])
+    with atomic_write(path) as temporary:
+        # "mp4" selects imageio's ffmpeg plugin, which writes gifs too
+        with contextlib.closing(iio.get_writer(temporary, "mp4", **options)) as file:
+            def write(frames):
+                nonlocal sent
+                for frame in to_uint8(frames):
+                    file.append_data(frame.repeat(zoom, 0).repeat(zoom, 1))
+                    sent += 1
+
+            yield write
+        # closing waits for ffmpeg but ignores its exit status
+        arrived = count_frames(temporary)
+        require(arrived == sent, f"cannot write {path}: ffmpeg left {arrived} of {sent} frames; "
+                "free some space or choose another place")
+
+
+def write_sheet(path, video, zoom=2):
+    """Contact sheet: a row per clip of `video` (b, f, 3, H, W), a column per frame."""
+    sheet = rearrange(to_uint8(video), "b f h w c -> (b h) (f w) c")
+    with atomic_write(path) as temporary:
+        iio.imwrite(temporary, sheet.repeat(zoom, 0).repeat(zoom, 1))

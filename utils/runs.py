@@ -1,0 +1,223 @@
+"""Folders of a run: <out>/stageN or <out>/stageN-TAG, what they hold, whether to go on there."""
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from tqdm import tqdm
+
+from model import Config
+from utils.errors import UsageError, require
+from utils.files import atomic_write, read_json, write_json
+
+# Settings that may change when a stage is resumed: they do not change its numbers.
+FREE = ("out resume device micro_batch activation_checkpointing context_parallel compile "
+        "max_bad_steps save_every samples eval_clips").split()
+
+
+def stage_dir(cfg):
+    """Where a stage leaves its results."""
+    return Path(cfg.out) / (f"stage{cfg.stage}-{cfg.tag}" if cfg.tag else f"stage{cfg.stage}")
+
+
+def start_from(cfg):
+    """Folders of the student's and the teacher's weights that a stage starts from."""
+    teacher = Path(cfg.teacher or Path(cfg.out) / "stage0")
+    before = teacher if cfg.stage == 1 else Path(cfg.out) / f"stage{cfg.stage - 1}"
+    return Path(cfg.init or before), teacher
+
+
+def trajectory_dirs(cfg):
+    """Where the teacher's trajectories may be: here, in the stage before, in stage 1 of the run."""
+    stages = (stage_dir(cfg), start_from(cfg)[0], Path(cfg.out) / "stage1")
+    return [stage / "trajectories" for stage in stages]
+
+
+def newest_stage(root="out"):
+    """The stage that was finished last in a run under `root`."""
+    done = Path(root).glob("*/stage*/ema.safetensors")
+    done = sorted(done, key=lambda path: path.stat().st_mtime)
+    require(done, f"no finished stage under {root}/: run python train.py first, or name one with "
+            "--weights")
+    return done[-1].parent
+
+
+def read_settings(folder):
+    """The settings dict in a stage's folder; None if `folder` holds official weights instead.
+
+    Raises UsageError if it is missing or damaged."""
+    folder, config = Path(folder), Path(folder) / "config.json"
+    beside = folder.parent / "config.json"
+    require(not (folder.is_file() and beside.is_file() and "stage" in read_json(beside)),
+            f"{folder} is part of a stage: name its folder, {folder.parent}")
+    settings = read_json(config) if config.is_file() else {}
+    require(isinstance(settings, dict), f"{config} is damaged: train the stage again")
+    if "stage" in settings:
+        missing = [field.name for field in fields(Config) if field.name not in settings]
+        require(not missing, f"{config} lacks {', '.join(missing)}: train the stage again")
+        return {**settings, "where": str(folder)}
+    has_weights = any(p.suffix in (".safetensors", ".pt") for p in folder.glob("*"))
+    require(folder.is_file() or has_weights, f"{folder} holds no finished stage and no weights: "
+            "train it first (python train.py --stage N), or name another")
+    return None
+
+
+def steps_before(cfg):
+    """Steps already made of this stage's clips and noise: those of the stage it starts from, if
+    that has the same number (--stage 2 --init out/toy/stage2 goes on with new clips), else 0."""
+    settings = (read_settings(start_from(cfg)[0]) if cfg.stage else None) or {}
+    if settings.get("stage") != cfg.stage:
+        return 0
+    return settings.get("steps_before", 0) + settings.get("iters", 0)
+
+
+def fingerprint(path):
+    """A short text that changes with the weights in `path`: their sizes, first and last bytes."""
+    path, digest = Path(path), hashlib.sha256()
+    files = [p for p in sorted(path.glob("*")) if p.suffix in (".safetensors", ".pt")]
+    if (path / "ema.safetensors").is_file():
+        files = [path / "ema.safetensors"]
+    for file in [path] if path.is_file() else files:
+        size = file.stat().st_size
+        with open(file, "rb") as f:
+            start = f.read(2 ** 20)
+            f.seek(max(0, size - 2 ** 20))
+            digest.update(str(size).encode() + start + f.read())
+    return digest.hexdigest()[:16]
+
+
+def origins(cfg):
+    """Fingerprints of the weights that a stage starts from."""
+    return [fingerprint(path) for path in start_from(cfg)] if cfg.stage else []
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a stage's folder for this run alone; UsageError if another run trains there. The lock
+    ends with the process, however that ends."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another run is training in {folder}: wait for it, or choose another "
+                             "--out or --tag") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+# ---------------------------------------------------------------- go on, keep, or start again
+
+def saved_states(folder):
+    """The complete saved states of a stage, newest first."""
+    return sorted((folder / "state").glob("step-*"), reverse=True)
+
+
+def same_setting(name, old, new):
+    """Whether a setting is what it was; paths may be written differently."""
+    if name in ("data", "init", "teacher") and old and new:
+        return Path(old).resolve() == Path(new).resolve()
+    return old == new
+
+
+def decide_resume(cfg, defaults):
+    """What to do with a stage's folder: "keep" what is finished, "train" (on), or train "anew".
+
+        --no-resume                                  anew
+        no settings there, or nothing trained        train; UsageError if there is a saved state
+        settings or weights to start from differ     UsageError
+        they are the same                            keep if finished, else train on
+
+    defaults: the settings of a run that is older than a field. Changes nothing."""
+    folder = stage_dir(cfg)
+    if not cfg.resume:
+        return "anew"
+    config, states = folder / "config.json", saved_states(folder)
+    before = read_json(config) if config.is_file() else None
+    require(isinstance(before, dict | None), f"{config} is damaged: --no-resume trains the stage "
+            "again")
+    require(before or not states, f"{folder} holds a saved state but no config.json: --no-resume "
+            "trains it again, another --out or --tag keeps it")
+    begun = any((folder / left).exists() for left in ("trajectories", "metrics.json"))
+    if not before or not (states or begun):
+        return "train"
+    known = {**as_json(defaults), **before}
+    for name, value in as_json(cfg).items():
+        require(name in FREE or same_setting(name, known[name], value), f"{folder} was trained "
+                f"with {name} {known[name]!r}, now it is {value!r}: choose another --out or --tag "
+                "to keep it, or --no-resume to train it again")
+    origin, sources = origins(cfg), " and ".join(map(str, start_from(cfg)))
+    require(known.get("origin", origin) == origin, f"{folder} was started from other weights than "
+            f"those that are now in {sources}: --no-resume trains it again, another --out or --tag "
+            "keeps it")
+    return "keep" if (folder / "metrics.json").is_file() else "train"
+
+
+def as_json(cfg):
+    """A config as its JSON file gives it back: tuples are lists."""
+    return json.loads(json.dumps(asdict(cfg)))
+
+
+def init_stage_dir(cfg, anew):
+    """Prepare a stage's folder: empty if it is trained anew, with its settings."""
+    folder = stage_dir(cfg)
+    if anew and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", {**asdict(cfg), "origin": origins(cfg),
+                                        "steps_before": steps_before(cfg)})
+
+
+def read_log(folder, steps):
+    """The first `steps` rows of a stage's log.jsonl; a killed run may leave a broken last one."""
+    path = folder / "log.jsonl"
+    if not steps or not path.is_file():
+        return []
+    lines = path.read_text().splitlines()[:steps]
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def reason_to_stop(rows, fraction):
+    """Why stage 2 ends after the steps whose log is `rows`, or "". DMD that goes on forgets
+    futures, until motion collapses (paper section 4). fraction 0: never."""
+    spread = [row["spread"] for row in rows if math.isfinite(row.get("spread", math.nan))]
+    if fraction and spread and spread[-1] < fraction * spread[0]:
+        return f"seeds of one image differ by {spread[-1]:.3f}, at the start it was {spread[0]:.3f}"
+    return ""
+
+
+class StageLog:
+    """log.jsonl and the progress bar of a stage; of processes that are not `main`, neither.
+
+    rows: of all steps so far; minutes: at the last of them."""
+
+    def __init__(self, folder, step, iters, main):
+        self.rows, self.file = read_log(folder, step), None
+        self.minutes = self.rows[-1]["minutes"] if self.rows else 0.0
+        self.bar = tqdm(total=iters, initial=step, desc=folder.name, disable=not main,
+                        mininterval=1.0)
+        if main:
+            with atomic_write(folder / "log.jsonl") as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            self.file = open(folder / "log.jsonl", "a")
+
+    def add(self, step, minutes, numbers):
+        """One more step."""
+        self.rows.append({"step": step, "minutes": minutes, **numbers})
+        if self.file:
+            self.file.write(json.dumps(self.rows[-1]) + "\n")
+            self.file.flush()
+        self.bar.update()
+        words = {name: f"{value:.3g}" for name, value in numbers.items()}
+        self.bar.set_postfix(words, refresh=False)
+
+    def close(self):
+        """The end of the stage."""
+        self.bar.close()
+        if self.file:
+            self.file.close()
