@@ -319,8 +319,6 @@ class WordEncoder:
         return out
 
 
-
-
 class PatchCodec:
     """Latents at toy scale: the leading principal components of square patches, in closed form.
 

@@ -69,8 +69,8 @@ class Discriminator(nn.Module):
                          "frame": (1, cfg.first)}[self.granularity]  # per logit, and left out
         answers = [head(rearrange(tokens[:, first:], "b (g f) n d -> (b g) (f n) d", f=frames))
                    for head, tokens in zip(self.heads, features)]
-        # a paired loss fixes only differences, so logits drift off together, and in bfloat16 the
-        # number after 3 is 3.016
+        # float32: a relativistic loss leaves the common level of all logits free; they drift, and
+        # near 3 bfloat16 resolves only 0.016
         answers = torch.cat(answers, -1).float()
         with torch.autocast(answers.device.type, enabled=False):
             logits = self.out(self.norm(answers)).squeeze(-1)

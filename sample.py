@@ -75,7 +75,7 @@ def context_pass(model, cache, x, text, level, randn, grad):
 
 def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=False,
             context_level=0.0, cache_grad=False, start=None):
-    """Generate a video chunk by chunk; yields (b, chunk, c, h, w), the image `first` before all.
+    """Generate a video chunk by chunk: yields the image `first`, then chunks (b, chunk, c, h, w).
 
     model          causal student; model.cfg has chunk, sink, window and shift (paper eq. 1)
     first          (b, k, c, h, w) conditioning image, a chunk of its own; k = 0 for none
@@ -84,8 +84,8 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
     steps          passes per chunk; a list: one number per chunk, the last for all that follow
     exit_step      leave after this pass (0-based), not the last (Self Forcing draws it at random)
     grad           the exit pass of every chunk carries a gradient
-    context_level  noise level of finished chunks in the cache (Diagonal Forcing: 0.1); below 0: the
-                   cache keeps what the last pass left, and there is no context pass
+    context_level  noise level of image and finished chunks in the cache (Diagonal Forcing: 0.1);
+                   below 0: the cache keeps what the last pass left, and there is no context pass
     cache_grad     gradients also reach the weights through the context passes, which trains what
                    a chunk leaves for later chunks (Self Gradient Forcing, 2607.20368)
     start          (b, f, c, h, w) noise for the first pass of every chunk, in place of randn's

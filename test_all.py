@@ -506,7 +506,7 @@ def test_what_the_discriminator_is_shown():
 
 @pytest.mark.parametrize("step, stage", [(train.teacher_step, 0), (train.ode_step, 1)])
 def test_the_image_is_clean_and_frames_are_at_their_own_level(step, stage):
-    run = rehearsal(stage)
+    run = rehearsal(stage, "--frames", 13, "--window", 3)  # so that frames have left the window
     cfg, student = run.cfg, run.nets["student"]
     shown, old = [], student.forward
     student.forward = lambda x, t, text, **o: shown.append((x, t, text, o)) or old(x, t, text, **o)
@@ -665,7 +665,13 @@ def rolled(cfg, **options):
     net, (x, _, text) = network(cfg), inputs(cfg)
     shown, g = [], torch.Generator().manual_seed(0)
     old = net.forward
-    net.forward = lambda x, t, text, **o: shown.append((x.detach(), t)) or old(x, t, text, **o)
+
+    def record(x, t, given, **options):
+        assert torch.equal(given, text)  # every pass reads the caption
+        shown.append((x.detach(), t))
+        return old(x, t, given, **options)
+
+    net.forward = record
     chunks = sample.rollout(net, x[:, :1], text, lambda n: torch.randn(2, n, 4, 4, 4, generator=g),
                             cfg.frames, **options)
     return list(chunks), shown

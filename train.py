@@ -69,7 +69,7 @@ class TrainConfig(Config):
     activation_checkpointing: bool = False  # run blocks again in the backward pass
     context_parallel: int = 1       # processes that share the tokens of one clip (Ulysses)
     compile: bool = False           # torch.compile, block by block
-    lr: float = 2e-3                # learning rate of AdamW
+    lr: float = 2e-3                # learning rate of the student (AdamW)
     muon_lr: float = 0.0            # learning rate of Muon for block matrices; 0: AdamW for all
     betas: tuple = (0.9, 0.95)      # betas of AdamW for the student
     weight_decay: float = 0.0       # weight decay of AdamW, for every trained network
@@ -199,7 +199,8 @@ def student_clip(run, x, text, draws, exit_step=None, grad=False, start=None):
 
 
 def dmd_term(run, x, batch, draws, exit_step):
-    """The direction from the student's clip x to what the teacher prefers (paper eq. 6)."""
+    """Gradient of the DMD loss by the student's clip x (paper eq. 6): the update moves x against
+    it, towards what the teacher prefers."""
     cfg, k = run.cfg, run.cfg.first
     t = L.make_timesteps(L.score_levels(draws.stratified_uniform(), cfg.score_shift), x, k)
     x_t = L.add_noise(x, draws.randn(*x.shape[1:]), t)
@@ -235,7 +236,8 @@ def discriminate(run, x_t, batch, t):
 
 
 def gan_term(run, x, batch, draws, exit_step):
-    """The direction in which the discriminator finds the clip x more real (paper eq. 9)."""
+    """Gradient of the student's adversarial loss by its clip x (paper eq. 9): the update moves x
+    against it, towards a higher logit."""
     cfg, k = run.cfg, run.cfg.first
     clip = x[:, k:].clone().requires_grad_()
     t, eps = disc_level(cfg, draws, x, exit_step), draws.randn(*x.shape[1:])

@@ -12,7 +12,7 @@ of with a network's taste. Scores on 0-100, higher is better; errors are fractio
 energy, 0 perfect, 1 as wrong as no object at all. Motion is counted between frames in which the
 object can be found: broken frames do not move.
 
-Two axes are judged, and never one alone. Error: is every frame a true frame? Energy and spread: do
+Two axes are measured, never one alone. Error: is every frame a true frame? Energy and spread: do
 clips of one image, each from its own noise, go where the world would let them go, or all to one
 place? The row "real" is real clips through the codec, against which all others are read: jitter,
 say, is right at the real value, not at 0.
@@ -76,7 +76,7 @@ def locate(world, state, video, at_once=512):
     (b, f, 2) in pixels.
 
     A true frame is this clip's background with this clip's object anywhere. The error is the
-    squared distance to the nearest one over the energy of the object there."""
+    squared distance to the nearest one over the squared contrast of the object there."""
     b, f = video.shape[:2]
     background, colour = world.layers(state)
     contrast = colour - background  # (b, 3, H, W)
@@ -182,7 +182,7 @@ def percent(error):
 
 def exact_scores(world, state, video, first=1, chunk=3):
     """All scores of toy clips (b, f, 3, H, W) whose states are known; the first `first` frames are
-    given, not judged. Clips have at least 3 frames, or there is no jitter to speak of."""
+    given, not scored. Clips have at least 3 frames, or there is no jitter to speak of."""
     error, position = locate(world, state, video)
     truth = world.centres(state, video.shape[1])
     found, always = error < BROKEN, torch.ones_like(error, dtype=torch.bool)
@@ -375,7 +375,7 @@ def scores_of(net, codec, settings, number=256, steps=None, long=True, which="se
     video, raws, data = make(net, codec, settings, clips, frames, steps)
     toy = (
         isinstance(data, ToyWorld) and first > 0
-    )  # without an image nobody can know this clip's background
+    )  # without an image the background of the clip is unknown
     scores = {"clips": number, "held_out": which}
     if toy:
         scores |= exact_scores(data, states(raws), video, first, chunk)
@@ -427,7 +427,7 @@ def real_scores(folder, number=256, long=True, which="search"):
     return {"stage": "real", **world, **scores_of(None, codec, settings, number, None, long, which)}
 
 
-def folder_scores(folder, size=32):
+def folder_scores(folder, size=32, turns=0.2):
     """Scores of video files named by the number of the held-out toy clip that they continue: 0.mp4,
     17.gif, ..."""
     paths = sorted(
@@ -443,7 +443,7 @@ def folder_scores(folder, size=32):
     videos = [read_video(p, size) for p in paths]
     frames, shortest = min((len(video), path) for video, path in zip(videos, paths))
     require(frames >= 3, f"{shortest} has {frames} frames: a clip to score has 3 or more")
-    world = ToyWorld(size, frames)
+    world = ToyWorld(size, frames, turns)
     state = world.state([held_out_ids(1)[0] + int(p.stem) for p in paths])
     return {
         "stage": Path(folder).name,

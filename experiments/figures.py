@@ -124,7 +124,7 @@ def draw_mask(ax, x, mask, bounds, outlined):
 
 
 def masks(assets, _):
-    """In use nobody can look ahead; the discriminator works in training, when the clip is there."""
+    """In use no frame can see later ones; the discriminator works in training, on whole clips."""
     cfg = Config()
     causal = block_causal_mask(cfg.frames, cfg.first, cfg.chunk)
     bounds = chunk_bounds(cfg.frames, cfg.first, cfg.chunk)
@@ -133,7 +133,7 @@ def masks(assets, _):
     for i, (name, what, mask) in enumerate([
             ("teacher", "bidirectional: sees the whole clip", every),
             ("student", "block-causal: its chunk and the past", causal),
-            ("discriminator", "bidirectional: judges the whole clip", every)]):
+            ("discriminator", "bidirectional: sees the whole clip", every)]):
         x = 54 + i * (side + 56)
         say(ax, x, 17, name, 11, weight="bold")
         say(ax, x, 38, what, 8.5, GREY)
@@ -283,7 +283,7 @@ def fan(assets, folders):
     stages = [load_stage(Path(folders[0]) / f"stage{n}") for n in range(4)]
     world, settings = dataset(SimpleNamespace(**stages[0][2])), stages[0][2]
     require(not settings["data"] and settings["first"],
-            f"{folders[0]} was not trained on the toy world's images: nobody knows their futures")
+            f"{folders[0]} was not trained on the toy world's images, whose futures are known")
     clips = [held_out_ids(400, "report")[n] for n in (145, 278, 340)]  # start far from all walls
     images = to_uint8(world.batch(clips)["video"][:, 0])
     size, edge = world.size, world.size / 8  # nearer to an edge no shape's middle comes

@@ -289,7 +289,7 @@ def plan(cfg, gpus):
         (passes - 1) * cfg.micro_batch * 4 * (2 * clip + cfg.text_len * cfg.text_dim)
         if cfg.stage > 1
         else 0
-    )  # for the critics
+    )  # for fake score and discriminator
     costs = {**static_bytes(cfg, gpus), "activations": peak // cfg.context_parallel + held}
     return {
         **costs,

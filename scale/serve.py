@@ -42,7 +42,7 @@ def flags(description):
     add("--seed", type=int, default=0, help="Random seed, and number of the held-out clip.")
     add("--device", default=cuda_or_cpu(), help="cuda, mps or cpu.")
     add("--fps", type=float, default=0, help="Frame rate of the file. Default: 8, for latents 16.")
-    add("--zoom", type=int, default=0, help="Enlarge pixels. Default: to about 256 pixels.")
+    add("--zoom", type=int, default=0, help="Enlarge pixels. Default: toy frames to about 256.")
     add("--out", default="sample.mp4", help="File to write, .mp4 or .gif.")
     return parser
 

@@ -182,7 +182,7 @@ def test_videos_and_captions_become_latents(tmp_path, capsys):
     command = ["--videos", str(tmp_path / "clips"), "--out", str(tmp_path / "latents"), "--vae",
                str(tmp_path / "vae"), "--text-encoder", str(tmp_path / "umt5"), "--size", "32x48",
                "--frames", "9", "--fps", "0"]
-    data.main(command)
+    encode.main(command)
     said = capsys.readouterr().out
     complaints = ("3 clips", "broken.mp4 cannot be read",
                   "short.mp4 is shorter than a clip of 9 frames")
@@ -202,12 +202,12 @@ def test_videos_and_captions_become_latents(tmp_path, capsys):
     # a stream is the whole
     assert relative(torch.cat([part(latents[:, :1]), part(latents[:, 1:])], 1), back) < 1e-5
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "latents").glob("*.safetensors")}
-    data.main(command)
+    encode.main(command)
     said = capsys.readouterr().out
     assert all(part in said for part in complaints)  # they are said again
     assert times == {p: p.stat().st_mtime_ns for p in times}
     with pytest.raises(UsageError, match="was made with 32x48 9 frames"):
-        data.main([*command, "--size", "48x48"])
+        encode.main([*command, "--size", "48x48"])
     (tmp_path / "prompts.txt").write_text("red disc\n\na blue square\n")
     encode.main(["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "texts"),
                  "--text-encoder", str(tmp_path / "umt5")])
