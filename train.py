@@ -345,12 +345,15 @@ def distil_step(run):
 def probe_spread(run, images=16, seeds=4):
     """How far clips of one image differ by seed: the root of the variance of the last chunk's
     latents, the mean over held-out images. It falls when futures are forgotten."""
-    number = max(1, images // run.world)
+    number, ends = max(1, images // run.world), []
     clip_ids = list(held_out_ids(images))[run.rank * number % images:][:number]
-    batch = run.batch(clip_ids, "probe")
-    draws = [Draws(clip_ids, "probe", seed, device=run.device) for seed in range(seeds)]
-    ends = [student_clip(run, batch.x0, batch.text, d)[:, -run.cfg.chunk:] for d in draws]
-    return torch.stack(ends).var(0).mean().sqrt().item()
+    for i in range(0, number, run.cfg.micro_batch or number):
+        part = clip_ids[i:i + (run.cfg.micro_batch or number)]
+        batch = run.batch(part, "probe")
+        draws = [Draws(part, "probe", seed, device=run.device) for seed in range(seeds)]
+        clips = [student_clip(run, batch.x0, batch.text, d)[:, -run.cfg.chunk:] for d in draws]
+        ends.append(torch.stack(clips).var(0))
+    return torch.cat(ends).mean().sqrt().item()
 
 
 STEPS = {0: teacher_step, 1: ode_step, 2: distil_step, 3: distil_step}

@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
 from data import HELD_OUT_SETS
-from utils.errors import friendly_errors, require
+from utils.errors import UsageError, friendly_errors, require
 from utils.files import read_json, write_json
 from utils.settings import Parser
 
@@ -304,14 +304,13 @@ def run_seed(rows, seed, args, extra):
     if any(row.folder == "real" for row in rows):
         with_origin(TEACHER)
     for row in rows:
-        with_origin(row)
-        print(
-            f"seed {seed}: "
-            + line(
-                row.name, {name: [value] for name, value in finish(row, seed, args, extra).items()}
-            ),
-            flush=True,
-        )
+        try:
+            with_origin(row)
+            scores = finish(row, seed, args, extra)
+        except UsageError as error:  # said at once: the other seeds may run for hours
+            print(f"seed {seed}: {error}", file=sys.stderr, flush=True)
+            raise
+        print(f"seed {seed}: " + line(row.name, {k: [v] for k, v in scores.items()}), flush=True)
 
 
 # ---------------------------------------------------------------- tables

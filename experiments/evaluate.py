@@ -18,6 +18,7 @@ place? The row "real" is real clips through the codec, against which all others 
 say, is right at the real value, not at 0.
 """
 
+import functools
 import math
 import sys
 from pathlib import Path
@@ -59,16 +60,15 @@ IMAGES, SEEDS, FUTURES = (
 # ---------------------------------------------------------------- where is the object?
 
 
-def templates(world, kind, step=0.25):
-    """Silhouettes of a kind at every position of a grid: (positions (n, 2), coverage (n, H*W), side
-    of the grid)."""
-    ticks = torch.arange(world.radius, world.size - world.radius + 1e-6, step)
+@functools.lru_cache
+def templates(size, kind, step=0.25):
+    """Silhouettes of a kind at every position of a grid, in frames of `size` pixels: (positions
+    (n, 2), coverage (n, H*W), side of the grid). Drawn once."""
+    world = ToyWorld(size)
+    ticks = torch.arange(world.radius, size - world.radius + 1e-6, step)
     centres = torch.cartesian_prod(ticks, ticks).flip(1)  # x runs fastest
-    return (
-        centres,
-        world.coverage(torch.full((len(centres),), kind), centres).flatten(1),
-        len(ticks),
-    )
+    cover = world.coverage(torch.full((len(centres),), kind), centres).flatten(1)
+    return centres, cover, len(ticks)
 
 
 def locate(world, state, video, at_once=512):
@@ -90,7 +90,7 @@ def locate(world, state, video, at_once=512):
         rows = (state["kind"] == kind).nonzero()[:, 0]
         if len(rows) == 0:
             continue
-        centres, cover, side = templates(world, kind)
+        centres, cover, side = templates(world.size, kind)
         prior = power[rows].flatten(1) @ cover.square().T  # (rows, n)
         for i, frames in enumerate(match[rows].flatten(2)):
             cost = (prior[i] - 2 * frames @ cover.T).view(f, side, side)  # relative to "no object"
@@ -133,7 +133,7 @@ def recognise(world, state, frame):
     background, _ = world.layers(state)
     rest, costs = frame - background, []
     for kind in range(len(KINDS)):
-        _, cover, _ = templates(world, kind, step=0.5)
+        _, cover, _ = templates(world.size, kind, 0.5)
         for colour in world.colours:
             contrast = colour[:, None, None] - background
             match, power = (rest * contrast).sum(1).flatten(1), contrast.square().sum(1).flatten(1)
@@ -496,30 +496,19 @@ def table(rows, columns=COLUMNS):
 
 
 def summary(out):
-    """What the recipe ends with: a row for real clips and for every stage, and where the pictures
-    are."""
-    rows = [
-        {"stage": path.parent.name.removeprefix("stage"), **read_json(path)}
-        for path in (
-            Path(out) / "real" / "metrics.json",
-            *sorted(Path(out).glob("stage[0-3]/metrics.json")),
-        )
-        if path.is_file()
-    ]
-    print(
-        "\n"
-        + table(
-            rows,
-            "stage quality_error last_error energy spread drift long_error ghosts jitter "
-            "displacement caption_agreement i2v_fidelity "
-            "motion_smoothness minutes".split(),
-        )
-    )
+    """What the recipe ends with: a row for real clips, every stage and the control, if it was
+    trained; and where the pictures are."""
+    rows = []
+    for name in ("real", "stage0", "stage1", "stage2", "stage2-control", "stage3"):
+        path = Path(out) / name / "metrics.json"
+        if path.is_file():
+            rows.append({**read_json(path), "stage": name.removeprefix("stage")})
+    columns = ("stage quality_error last_error energy spread drift long_error ghosts jitter "
+               "displacement caption_agreement i2v_fidelity motion_smoothness minutes").split()
+    print("\n" + table(rows, columns))
     if any(Path(out).glob("stage[0-3]/samples.gif")):
-        print(
-            f"\nPictures: {out}/stage*/samples.gif (upper half real clips, lower half the stage's, "
-            "from the same first frames)"
-        )
+        print(f"\nPictures: {out}/stage*/samples.gif (upper half real clips, lower half the "
+              "stage's, from the same first frames)")
 
 
 def main(argv=None):

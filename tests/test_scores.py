@@ -214,14 +214,14 @@ def test_a_video_of_one_frame_is_not_scored(tmp_path):
 
 def test_videos_are_scored_against_the_clips_of_their_numbers(tmp_path, capsys):
     """Of the world that is trained on by default, in which shapes turn."""
-    numbers = range(3, 11)
+    numbers = range(3, 19)
     clips = [data.held_out_ids(1)[0] + n for n in numbers]
     videos = data.dataset(train.TrainConfig()).batch(clips)["video"]
     for n, video in zip(numbers, videos):
         with media.video_writer(tmp_path / f"{n}.gif") as write:
             write(video)
     s = evaluate.folder_scores(tmp_path)
-    assert s["clips"] == 8 and s["quality_error"] < 0.01 and s["caption_agreement"] == 1
+    assert s["clips"] == 16 and s["quality_error"] < 0.01 and s["caption_agreement"] == 1
     assert s["ghosts"] == 0
     assert s["displacement"] == pytest.approx(1, abs=0.03)
     assert s["dynamic_degree"] == pytest.approx(1, abs=0.03)

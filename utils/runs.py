@@ -32,8 +32,10 @@ def start_from(cfg):
 
 
 def trajectory_dirs(cfg):
-    """Where the teacher's trajectories may be: here, in the stage before, in stage 1 of the run."""
-    stages = (stage_dir(cfg), start_from(cfg)[0], Path(cfg.out) / "stage1")
+    """Where the teacher's trajectories may be: here, in the stage before, in stage 1 of this run or
+    of the run that it starts from."""
+    before = start_from(cfg)[0]
+    stages = (stage_dir(cfg), before, Path(cfg.out) / "stage1", before.parent / "stage1")
     return [stage / "trajectories" for stage in stages]
 
 
