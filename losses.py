@@ -124,6 +124,12 @@ def motion(x, lag=4):
     return (x[:, lag:] - x[:, :-lag]).detach().square().flatten(1).mean(1).sqrt().mean()
 
 
+def quarters(x):
+    """The mean of each quarter of a frame, (..., h, w) -> (..., 2, 2): where things are, however
+    sharp or blurred they look."""
+    return F.adaptive_avg_pool2d(x.flatten(0, -4), 2).view(*x.shape[:-2], 2, 2)
+
+
 # ---------------------------------------------------------------- stage 3
 def logistic_d_loss(real, fake):
     """softplus(-D(real)) + softplus(D(fake)), logits of any shape (paper eq. 8)."""

@@ -1,7 +1,7 @@
 """What the method promises, one property per test. Everything else is tested in tests/.
 
     pytest -q            this file and tests/, about three minutes on two cores
-    pytest -q -m slow    a shortened recipe, kills at random moments, compilation, figures
+    pytest -q -m slow    a shortened recipe, kills at random moments, compilation, Wan's encoders
     pytest -q -n 0       in one process, for a debugger
 
 Reference vectors of upstream's classes are in goldens/. Everything runs on CPU, in float32.

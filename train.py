@@ -344,7 +344,8 @@ def distil_step(run):
 @torch.no_grad()
 def probe_spread(run, images=16, seeds=4):
     """How far clips of one image differ by seed: the root of the variance of the last chunk's
-    latents, the mean over held-out images. It falls when futures are forgotten."""
+    quarters of a frame, the mean over held-out images. It falls when futures are forgotten; the
+    variance of whole latents does not, for it also grows as clips get sharper."""
     number, ends = max(1, images // run.world), []
     clip_ids = list(held_out_ids(images))[run.rank * number % images:][:number]
     for i in range(0, number, run.cfg.micro_batch or number):
@@ -352,7 +353,7 @@ def probe_spread(run, images=16, seeds=4):
         batch = run.batch(part, "probe")
         draws = [Draws(part, "probe", seed, device=run.device) for seed in range(seeds)]
         clips = [student_clip(run, batch.x0, batch.text, d)[:, -run.cfg.chunk:] for d in draws]
-        ends.append(torch.stack(clips).var(0))
+        ends.append(L.quarters(torch.stack(clips)).var(0))
     return torch.cat(ends).mean().sqrt().item()
 
 

@@ -71,7 +71,7 @@ def templates(size, kind, step=0.25):
     return centres, cover, len(ticks)
 
 
-def locate(world, state, video, at_once=512):
+def locate(world, state, video):
     """The nearest true frame of every frame of `video` (b, f, 3, H, W): error (b, f) and position
     (b, f, 2) in pixels.
 

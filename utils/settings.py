@@ -38,7 +38,9 @@ RENAMED = {  # flag of earlier versions -> what it is called now
     "--dmd-flow": "--dmd-diff-weight", "--gan": "--gan-weight", "--level-weights":
     "--ode-point-weights", "--levels": "--ode-points", "--r-every": "--r1r2-every",
     "--r-sigma": "--r1r2-sigma", "--r-weight": "--r1r2-weight", "--recompute":
-    "--activation-checkpointing", "--stop-motion": "--stop-spread", "--warmup": "--lr-warmup"}
+    "--activation-checkpointing", "--stop-motion": "--stop-spread",
+    "--stop-distance": "--stop-spread", "--plan": "python experiments/plan.py",
+    "--warmup": "--lr-warmup"}
 
 
 def default_device():
@@ -94,7 +96,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
-        for word in message.split():
+        for word in message.replace("=", " ").split():
             if word in RENAMED:
                 message = f"{word} is now {RENAMED[word]}"
         self.exit(2, f"error: {message}; {self.prog} --help lists every flag\n")
