@@ -145,6 +145,14 @@ def rotate(x, rope):
     return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
 
 
+class GELU(nn.GELU):
+    """The tanh form, as in Wan. On a CPU in bfloat16 the exact form is three times as fast and at
+    most 5e-4 away, a tenth of what bfloat16 resolves near 1."""
+    def forward(self, x):
+        fast = x.device.type == "cpu" and x.dtype == torch.bfloat16
+        return F.gelu(x, approximate="none" if fast else "tanh")
+
+
 class SelfAttention(nn.Module):
     """Attention of a video to itself and, with a cache, to its past."""
     def __init__(self, cfg):
@@ -191,7 +199,7 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(cfg.dim, cfg.eps)
         self.cross_attn = CrossAttention(cfg)
         self.norm2 = nn.LayerNorm(cfg.dim, cfg.eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU("tanh"),
+        self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), GELU(),
                                  nn.Linear(cfg.ffn_dim, cfg.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim ** 0.5)
 
@@ -236,8 +244,7 @@ class DiT(nn.Module):
         self.cfg = cfg
         d, stride = cfg.dim, (1, cfg.patch, cfg.patch)
         self.patch_embedding = nn.Conv3d(cfg.in_dim, d, stride, stride)
-        self.text_embedding = nn.Sequential(nn.Linear(cfg.text_dim, d), nn.GELU("tanh"),
-                                            nn.Linear(d, d))
+        self.text_embedding = nn.Sequential(nn.Linear(cfg.text_dim, d), GELU(), nn.Linear(d, d))
         self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, d), nn.SiLU(), nn.Linear(d, d))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
