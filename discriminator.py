@@ -43,10 +43,12 @@ class Discriminator(nn.Module):
     Per chunk and per frame the conditioning image has no logit: it is the same in real and
     generated clips.
 
-    backbone  a DiT, whose flow head is unused; None: the heads alone, for the shape `cfg`
+    backbone  a DiT; None: the heads alone, for the shape `cfg`
     layers    indices of the blocks that are read (Wan 14B: 19, 29, 39 of 40)
+    outputs   logits in place of each one, a last dimension if there are several (ASD)
     """
-    def __init__(self, backbone, layers, causal=False, granularity="clip", queries=1, cfg=None):
+    def __init__(self, backbone, layers, causal=False, granularity="clip", queries=1, outputs=1,
+                 cfg=None):
         super().__init__()
         cfg = cfg or backbone.cfg
         width = len(layers) * queries * cfg.dim
@@ -54,17 +56,21 @@ class Discriminator(nn.Module):
         self.causal, self.granularity = causal, granularity
         self.heads = nn.ModuleList(QueryHead(cfg.dim, cfg.num_heads, queries) for _ in layers)
         self.norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, 1)
+        self.out = nn.Linear(width, outputs)
         nn.init.normal_(self.out.weight, std=1e-3)  # starts at chance, whatever the features
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x_t, t, text):
-        """x_t (b, f, c, h, w), a clip noised to t (b, f) -> logits"""
+    def forward(self, x_t, t, text, with_flow=False, detach=False):
+        """x_t (b, f, c, h, w), a clip noised to t (b, f) -> logits.
+        with_flow: (logits, the backbone's flow), for a fake score that is a discriminator too
+        detach: the logits send no gradient to the backbone"""
         cfg, f = self.backbone.cfg, x_t.shape[1]
         mask = None
         if self.causal:
             mask = block_causal_mask(f, cfg.first, cfg.chunk, cfg.window + cfg.chunk, cfg.sink)
-        _, features = self.backbone(x_t, t, text, mask=mask, feature_layers=self.layers)
+        flow, features = self.backbone(x_t, t, text, mask=mask, feature_layers=self.layers)
+        if detach:
+            features = [tokens.detach() for tokens in features]
         frames, first = {"clip": (f, 0), "chunk": (cfg.chunk, cfg.first),
                          "frame": (1, cfg.first)}[self.granularity]  # per logit, and left out
         answers = [head(rearrange(tokens[:, first:], "b (g f) n d -> (b g) (f n) d", f=frames))
@@ -73,7 +79,19 @@ class Discriminator(nn.Module):
         # near 3 bfloat16 resolves only 0.016
         answers = torch.cat(answers, -1).float()
         with torch.autocast(answers.device.type, enabled=False):
-            logits = self.out(self.norm(answers)).squeeze(-1)
-        if self.granularity == "clip":
-            return logits
-        return rearrange(logits, "(b g) -> b g", b=len(x_t))
+            logits = self.out(self.norm(answers))
+        if self.granularity != "clip":
+            logits = rearrange(logits, "(b g) n -> b g n", b=len(x_t))
+        logits = logits.squeeze(-1)
+        return (logits, flow) if with_flow else logits
+
+
+def has_heads(cfg, name):
+    """Whether one of a stage's networks is a discriminator: its own, or the fake score."""
+    shared = cfg.stage > 1 and cfg.gan_weight > 0 and cfg.disc_backbone != "own"
+    return name == "disc" or name == "fake" and shared
+
+
+def disc_outputs(cfg):
+    """Logits of a discriminator: one, or one for each number of passes that has a next (ASD)."""
+    return cfg.student_steps[0] - 1 if cfg.gan_real == "more" else 1

@@ -80,11 +80,50 @@ def fake_score_loss(velocity, x_student, eps, t):
 
 
 # ---------------------------------------------------------------- stage 1
+def per_chunk(values, image, cfg):
+    """A chunk's value for each of its frames, `image` for the conditioning frames:
+    (b, chunks) -> (b, f)."""
+    return torch.cat([values.new_full((len(values), cfg.first), image),
+                      values.repeat_interleave(cfg.chunk, 1)], 1)
+
+
+def states_at(path, point):
+    """The states of trajectories (b, points + 1, f, c, h, w) at one point per frame (b, f)."""
+    index = point[:, None, :, None, None, None].expand(-1, 1, -1, *path.shape[3:])
+    return path.gather(1, index)[:, 0]
+
+
+def on_clean_context(velocity, clean, mask):
+    """A network whose chunks see the clean chunks before them, and themselves as they are, in one
+    pass over [clean | x_t] (teacher forcing): callable (x_t, t, text) -> flow.
+
+    clean: (b, f, c, h, w); mask: from teacher_forcing_mask()."""
+    f = clean.shape[1]
+
+    def on_context(x_t, t, text):
+        past = clean.repeat(len(x_t) // len(clean), 1, 1, 1, 1)  # guidance asks for two at once
+        x, t = torch.cat([past, x_t], 1), torch.cat([0 * t, t], 1)
+        return velocity(x, t, text, mask=mask, positions=[*range(f), *range(f)])[:, f:]
+
+    return on_context
+
+
 def ode_regression_loss(velocity, x_t, x_end, t):
     """|| G(x_t, t) - x_end ||^2 on clean clips, every frame at its own level (paper eq. 3).
 
     x_t, x_end: a state of the teacher's ODE trajectory, and the trajectory's clean end."""
     return frame_mean((x0_from_flow(x_t, velocity(x_t, t), t) - x_end).square(), t)
+
+
+def consistency_loss(velocity, average, x_t, x_next, t, t_next):
+    """|| G(x_t, t) - stopgrad(G_ema(x_next, t_next)) ||^2 for neighbouring states of a trajectory
+    (consistency models, 2303.01469, eq. 7; Causal-rCM, 2606.25473, starts a student with it).
+
+    velocity, average: the student and its running average, callables (x_t, t) -> flow. At
+    t_next = 0 the target is the trajectory's end, as in ode_regression_loss()."""
+    with torch.no_grad():
+        target = x0_from_flow(x_next, average(x_next, t_next), t_next)
+    return ode_regression_loss(velocity, x_t, target, t)
 
 
 def anchor_loss(x, x_end):

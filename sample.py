@@ -74,7 +74,7 @@ def context_pass(model, cache, x, text, level, randn, grad):
 
 
 def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=False,
-            context_level=0.0, cache_grad=False, start=None):
+            context_level=0.0, cache_grad=False, start=None, grad_chunks=0, ode=False):
     """Generate a video chunk by chunk: yields the image `first`, then chunks (b, chunk, c, h, w).
 
     model          causal student; model.cfg has chunk, sink, window and shift (paper eq. 1)
@@ -82,36 +82,43 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
     randn          callable (number of frames) -> noise (b, number, c, h, w)
     frames         stop at this many, the image included; the last chunk is whole. None: endless
     steps          passes per chunk; a list: one number per chunk, the last for all that follow
-    exit_step      leave after this pass (0-based), not the last (Self Forcing draws it at random)
+    exit_step      leave after this pass (0-based), not the last (Self Forcing draws it at random);
+                   a list like `steps`
     grad           the exit pass of every chunk carries a gradient
+    grad_chunks    ... of the last so many chunks only (One-Forcing); 0: of all
     context_level  noise level of image and finished chunks in the cache (Diagonal Forcing: 0.1);
                    below 0: the cache keeps what the last pass left, and there is no context pass
     cache_grad     gradients also reach the weights through the context passes, which trains what
                    a chunk leaves for later chunks (Self Gradient Forcing, 2607.20368)
     start          (b, f, c, h, w) noise for the first pass of every chunk, in place of randn's
+    ode            between passes follow the flow (Euler's method) instead of adding new noise
     """
     cfg = model.cfg
     cache = KVCache(cfg.sink, cfg.window, detach=not cache_grad)
-    plan = list(steps) if isinstance(steps, (list, tuple)) else [steps]
+    plan, exits = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (steps, exit_step))
     done, finished = first.shape[1], None
     if done:
         yield first
         finished = first
     while frames is None or done < frames:
+        carries = grad and not (grad_chunks and frames - done > grad_chunks * cfg.chunk)
         if finished is first or finished is not None and context_level >= 0:
             level = max(0.0, context_level)
-            context_pass(model, cache, finished, text, level, randn, grad and cache_grad)
+            context_pass(model, cache, finished, text, level, randn, carries and cache_grad)
         elif finished is not None:
             cache.commit()
-        times = schedule(plan.pop(0) if len(plan) > 1 else plan[0], cfg.shift)
-        last = len(times) - 1 if exit_step is None else min(exit_step, len(times) - 1)
+        passes, leave = (x.pop(0) if len(x) > 1 else x[0] for x in (plan, exits))
+        times = schedule(passes, cfg.shift)
+        last = len(times) - 1 if leave is None else min(leave, len(times) - 1)
         x = randn(cfg.chunk) if start is None else start[:, done:done + cfg.chunk]
         for i, t in enumerate(times[:last + 1]):
             t = make_timesteps(t, x, 0)
-            with torch.set_grad_enabled(grad and i == last):
-                x0 = x0_from_flow(x, model(x, t, text, cache=cache), t)
+            with torch.set_grad_enabled(carries and i == last):
+                flow = model(x, t, text, cache=cache)
+                x0 = x0_from_flow(x, flow, t)
             if i < last:
-                x = add_noise(x0, randn(cfg.chunk), make_timesteps(times[i + 1], x, 0))
+                noise = x0 + flow if ode else randn(cfg.chunk)
+                x = add_noise(x0, noise, make_timesteps(times[i + 1], x, 0))
         done, finished = done + cfg.chunk, x0
         yield x0
 
@@ -119,8 +126,11 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
 @torch.no_grad()
 def generate_chunks(net, settings, first, text, randn, frames, steps=None):
     """A clip from the network of a stage, chunk by chunk: the teacher's whole ODE in stage 0, the
-    causal rollout after it."""
-    if settings["stage"] == 0:
+    causal rollout after it. A causal teacher follows its ODE inside each chunk."""
+    if settings["stage"] == 0 and settings.get("teacher_forcing"):
+        yield from rollout(net, first, text, randn, frames, steps or settings["ode_steps"],
+                           ode=True)
+    elif settings["stage"] == 0:
         times = schedule(steps or settings["ode_steps"], net.cfg.shift)
         velocity = with_cfg(net, text, settings["guidance"])
         yield sample_ode(velocity, randn(frames), first, times)[0]

@@ -3,6 +3,7 @@
     python train.py                                       the whole recipe at preset `toy`
     python train.py --control                             and stage 2 trained on, to compare
     python train.py --stage 2                             one stage, from the one before
+    python train.py --recipe one-forcing                  a relative of AAD-1, see docs/family.md
     python train.py --data DIR_OF_MP4 --out out/mine      the same on your own clips
     torchrun --nproc_per_node 2 train.py --stage 3        FSDP2, gloo on CPU, NCCL on GPUs
 
@@ -23,19 +24,19 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from tqdm import tqdm
 
 import losses as L
 from data import Draws, held_out_ids
-from discriminator import Discriminator
-from model import PRESETS, Config, block_causal_mask, build
-from sample import generate, rollout, sample_ode, with_cfg
-from scale.parallel import averaged, barrier, on_rank0, processes, say, world
-from scale.recipes import WAN_RECIPES
+from discriminator import Discriminator, disc_outputs, has_heads
+from model import PRESETS, Config, build, stream_mask
+from sample import generate, rollout, with_cfg
+from scale.parallel import averaged, on_rank0, processes, say, world
+from scale.recipes import WAN_RECIPES, changes, stages_of
 from scale.run import Run, check_start, prepare
 from scale.state import export, load_state, save_state
+from scale.trajectories import make_trajectories
 from utils.errors import catch_signals, friendly_errors, require
-from utils.files import clips_in, save_tensors
+from utils.files import clips_in
 from utils.media import video_writer, write_sheet
 from utils.runs import (StageLog, decide_resume, init_stage_dir, locked, reason_to_stop, stage_dir,
                         start_from)
@@ -47,6 +48,7 @@ from utils.settings import (Parser, add_fields, default_device, default_dtype, g
 class TrainConfig(Config):
     """Every setting of a run. The comment behind a field is its help text."""
     preset: str = "toy"             # toy, wan-1.3b or wan-14b
+    recipe: str = "aad-1"           # aad-1, or a relative: a set of the flags below
     stage: int = -1                 # 0 teacher, 1 ODE initialisation, 2 DMD, 3 adversarial; -1: all
     data: str = ""                  # folder of videos or of latents; empty: the toy world
     out: str = ""                   # folder of the run; default: out/<preset>
@@ -84,14 +86,18 @@ class TrainConfig(Config):
     # stage 0: the teacher
     text_drop: float = 0.1          # share of captions dropped, for guidance
     train_shift: float = 6.0        # timestep shift of training times; low: motion is learnt late
+    teacher_forcing: bool = False   # causal teacher: chunks see clean earlier ones; stages 0 and 1
     # stage 1: ODE initialisation
     trajectories: int = 2048        # teacher trajectories to regress on
     ode_steps: int = 8              # Euler steps of a trajectory
     ode_points: int = 4             # states of a trajectory that are kept
     ode_point_weights: tuple = (0.4, 0.1, 0.1, 0.1, 0.3)  # frequency of each, noise to clean
+    ode_target: str = "end"         # end of the trajectory, or consistency with its next state
     guidance: float = 1.0           # classifier-free guidance of the teacher; 1: none
     # stages 2 and 3: the student's own rollouts
-    student_steps: int = 1          # network passes per chunk
+    student_steps: tuple = (1,)     # network passes per chunk; several: first chunk, second, rest
+    self_rollout: bool = True       # train on own rollouts; off: on noised real clips (CausVid)
+    grad_chunks: int = 0            # chunks of a rollout, from its end, with a gradient; 0: all
     context_level: float = 0.0      # noise level of chunks in the cache; below 0: no context pass
     cache_grad: bool = False        # gradients through the context passes (Self Gradient Forcing)
     ode_anchor: float = 0.0         # weight of stage 1's regression on the student's own rollout
@@ -115,6 +121,9 @@ class TrainConfig(Config):
     disc_granularity: str = "clip"  # one logit per clip, chunk or frame
     disc_layers: tuple = (0, 1, 2, 3)  # blocks that the heads read
     disc_queries: int = 2           # queries per head
+    disc_backbone: str = "own"      # own; shared with the fake score; frozen: reads its features
+    disc_weight: float = 1.0        # weight of its loss beside that of a shared fake score
+    gan_real: str = "data"          # held for real: data, teacher's clips, or more passes (ASD)
     gan_loss: str = "logistic"      # logistic, or relativistic in pairs of the same condition
     gan_t_max: float = 1.0          # noise level of the discriminator's input ~ U[0, this]
     gan_shift: float = 1.0          # timestep shift of that level; below 1: outlines and grain
@@ -142,8 +151,9 @@ def make_config(overrides, stage):
     preset = overrides.get("preset", "toy")
     require(preset in PRESETS, f"--preset {preset} is unknown: choose from {', '.join(PRESETS)}")
     require(stage in RECIPES[preset], f"--stage {stage} is unknown: choose 0, 1, 2 or 3")
-    cfg = TrainConfig(**{**PRESETS[preset], **RECIPES[preset][stage], **overrides, "stage": stage})
-    cfg.out = cfg.out or f"out/{preset}"
+    overrides = {**overrides, "stage": stage, "out": overrides.get("out") or f"out/{preset}"}
+    cfg = TrainConfig(**{**PRESETS[preset], **RECIPES[preset][stage], **changes(overrides),
+                         **overrides})
     cfg.data = cfg.data and str(Path(cfg.data).resolve())  # sample.py finds it from elsewhere
     cfg.device = cfg.device or default_device()
     cfg.dtype = cfg.dtype or default_dtype(cfg.device)
@@ -154,8 +164,11 @@ def make_config(overrides, stage):
 # ---------------------------------------------------------------- stages 0 and 1
 def teacher_step(run):
     """Stage 0: flow matching on real clips. The image is clean: its frames have t = 0."""
-    cfg, net, log = run.cfg, run.nets["student"], {}
+    cfg, log = run.cfg, {}
     for batch in run.batches("teacher"):
+        net = run.nets["student"]
+        if cfg.teacher_forcing:
+            net = L.on_clean_context(net, batch.x0, stream_mask(cfg, clean=True))
         u = batch.draws.stratified_uniform()
         text = batch.text.masked_fill(batch.draws.rand(1, 1) < cfg.text_drop, 0.0)
         eps = batch.draws.randn(*batch.x0.shape[1:])
@@ -169,20 +182,28 @@ def teacher_step(run):
 def ode_step(run):
     """Stage 1: from states of the teacher's trajectory, every chunk at its own level, to its clean
     end (paper eq. 3). The student's mask is what the stream will see."""
-    cfg, net, log = run.cfg, run.nets["student"], {}
+    cfg, log = run.cfg, {}
     times = torch.tensor([*L.schedule(cfg.ode_points, cfg.shift), 0.0], device=run.device)
-    mask = block_causal_mask(cfg.frames, cfg.first, cfg.chunk, cfg.window + cfg.chunk, cfg.sink)
-    chunks = (cfg.frames - cfg.first) // cfg.chunk
+    mask, chunks = stream_mask(cfg), (cfg.frames - cfg.first) // cfg.chunk
     for batch in run.batches("ode"):
-        path, text = run.trajectory(batch.draws)  # (b, points + 1, f, c, h, w)
+        path, text, *clean = run.trajectory(batch.draws, cfg.teacher_forcing)
         point = batch.draws.choice(cfg.ode_point_weights, chunks)  # one point per chunk
-        image = point.new_full((len(point), cfg.first), cfg.ode_points)  # the image is clean
-        point = torch.cat([image, point.repeat_interleave(cfg.chunk, 1)], 1)  # (b, f)
-        index = point[:, None, :, None, None, None].expand(-1, 1, -1, *path.shape[3:])
-        x_t = path.gather(1, index)[:, 0]
+        point = L.per_chunk(point, cfg.ode_points, cfg)  # (b, f); the image is clean
+
+        def velocity(x, t, name="student"):
+            if cfg.teacher_forcing:
+                net = L.on_clean_context(run.nets[name], clean[0], stream_mask(cfg, clean=True))
+                return net(x, t, text)
+            return run.nets[name](x, t, text, mask=mask)
+
         with run.autocast():
-            loss = L.ode_regression_loss(lambda x, t: net(x, t, text, mask=mask), x_t,
-                                         path[:, -1], times[point])
+            x_t, end = L.states_at(path, point), path[:, -1]
+            if cfg.ode_target == "consistency":
+                after = (point + 1).clamp_max(cfg.ode_points)
+                loss = L.consistency_loss(velocity, lambda x, t: velocity(x, t, "ema"), x_t,
+                                          L.states_at(path, after), times[point], times[after])
+            else:
+                loss = L.ode_regression_loss(velocity, x_t, end, times[point])
         run.backward(loss, batch, log)
     return {**log, "grad": run.update("student")}
 
@@ -194,8 +215,47 @@ def student_clip(run, x, text, draws, exit_step=None, grad=False, start=None):
     with run.autocast():
         chunks = rollout(run.nets["student"], x[:, :cfg.first], text,
                          lambda n: draws.randn(n, *x.shape[2:]), cfg.frames, cfg.student_steps,
-                         exit_step, grad, cfg.context_level, cfg.cache_grad, start)
+                         exit_step, grad, cfg.context_level, cfg.cache_grad, start,
+                         cfg.grad_chunks)
         return torch.cat(list(chunks), 1)
+
+
+def denoised_clip(run, batch, grad):
+    """CausVid's clip (2412.07772): no rollout, but real clips noised chunk by chunk to levels of
+    the student's schedule, and denoised in one masked pass. Its context is never its own."""
+    cfg, x0 = run.cfg, batch.x0
+    times = torch.tensor(L.schedule(cfg.student_steps[0], cfg.shift), device=run.device)
+    level = batch.draws.choice([1.0] * len(times), (cfg.frames - cfg.first) // cfg.chunk)
+    t = L.per_chunk(times[level], 0.0, cfg)
+    x_t = L.add_noise(x0, batch.draws.randn(*x0.shape[1:]), t)
+    with torch.set_grad_enabled(grad), run.autocast():
+        flow = run.nets["student"](x_t, t, batch.text, mask=stream_mask(cfg))
+    return L.x0_from_flow(x_t, flow, t)
+
+
+def real_clips(run, batch, exit_step):
+    """What the discriminator holds for real: (clips (b, f, c, h, w), their texts)."""
+    cfg = run.cfg
+    if cfg.gan_real == "data":
+        return batch.x0, batch.text
+    draws = run.draws(batch.clip_ids, "real")
+    if cfg.gan_real == "teacher":  # the clean ends of its trajectories
+        path, text = run.trajectory(draws)
+        return path[:, -1], text
+    return student_clip(run, batch.x0, batch.text, draws, exit_step + 1), batch.text
+
+
+def judged(cfg, exit_step):
+    """Whether the adversarial term applies to a rollout: with --gan-real more, not to one that made
+    all its passes, for there is no clip of one more (Adversarial Self-Distillation)."""
+    return cfg.gan_real != "more" or exit_step < cfg.student_steps[0] - 1
+
+
+def fake_score(run, x_t, t, text):
+    """The flow of the fake score, which may be a discriminator's backbone."""
+    if has_heads(run.cfg, "fake"):
+        return run.nets["fake"](x_t, t, text, with_flow=True)[1]
+    return run.nets["fake"](x_t, t, text)
 
 
 def dmd_term(run, x, batch, draws, exit_step):
@@ -207,7 +267,7 @@ def dmd_term(run, x, batch, draws, exit_step):
     real_score = with_cfg(run.nets["teacher"], batch.text, cfg.guidance, run.negative)
     with torch.no_grad(), run.autocast():
         x0_real = L.x0_from_flow(x_t, real_score(x_t, t), t)
-        x0_fake = L.x0_from_flow(x_t, run.nets["fake"](x_t, t, batch.text), t)
+        x0_fake = L.x0_from_flow(x_t, fake_score(run, x_t, t, batch.text), t)
     clip = x[:, k:].clone().requires_grad_()
     loss = L.dmd_loss(clip, L.dmd_gradient(x[:, k:], x0_real[:, k:], x0_fake[:, k:]))
     if cfg.dmd_diff_weight:  # the first difference is the one to the image
@@ -223,16 +283,28 @@ def disc_level(cfg, draws, x, exit_step):
     """The random level (b, f) at which the discriminator sees a clip. With --gan-interval it lies
     between the time of the pass that made the clip and the next time of the schedule."""
     u = L.shift_time(draws.stratified_uniform() * cfg.gan_t_max, cfg.gan_shift)
+    if has_heads(cfg, "fake"):  # one pass serves both
+        u = L.score_levels(draws.stratified_uniform(), cfg.score_shift)
     if cfg.gan_interval:
-        times = [*L.schedule(cfg.student_steps, cfg.shift), 0.0]
+        times = [*L.schedule(cfg.student_steps[0], cfg.shift), 0.0]
         u = times[exit_step + 1] + (times[exit_step] - times[exit_step + 1]) * u
     return L.make_timesteps(u, x, cfg.first)
 
 
-def discriminate(run, x_t, batch, t):
-    """Logits of clips noised to t; `x_t` may carry a gradient."""
+def discriminate(run, x_t, text, t, exit_step, detach=None):
+    """(logits, flow or None) of clips noised to t; `x_t` may carry a gradient. detach: none goes
+    through the backbone; by default so for heads on a frozen one."""
+    cfg, flow = run.cfg, None
+    if detach is None:
+        detach = cfg.disc_backbone == "frozen"
     with run.autocast():
-        return run.nets["disc"](x_t, t, batch.text)
+        if has_heads(cfg, "fake"):
+            logits, flow = run.nets["fake"](x_t, t, text, with_flow=True, detach=detach)
+        else:
+            logits = run.nets["disc"](x_t, t, text)
+    if cfg.gan_real == "more":  # an output for every number of passes
+        logits = logits[..., exit_step] if disc_outputs(cfg) > 1 else logits
+    return logits, flow
 
 
 def gan_term(run, x, batch, draws, exit_step):
@@ -241,11 +313,13 @@ def gan_term(run, x, batch, draws, exit_step):
     cfg, k = run.cfg, run.cfg.first
     clip = x[:, k:].clone().requires_grad_()
     t, eps = disc_level(cfg, draws, x, exit_step), draws.randn(*x.shape[1:])
-    fake = discriminate(run, L.add_noise(torch.cat([x[:, :k], clip], 1), eps, t), batch, t)
+    x_t = L.add_noise(torch.cat([x[:, :k], clip], 1), eps, t)
+    fake, _ = discriminate(run, x_t, batch.text, t, exit_step, detach=False)
     student_loss, real = L.GAN_LOSSES[cfg.gan_loss][1], None
     if student_loss.paired:
         with torch.no_grad():  # same noise, level and image: a pair
-            real = discriminate(run, L.add_noise(batch.x0, eps, t), batch, t)
+            clip_t, text = batch.real or (batch.x0, batch.text)
+            real, _ = discriminate(run, L.add_noise(clip_t, eps, t), text, t, exit_step)
     grad, = torch.autograd.grad(student_loss(real, fake), clip)
     return grad, {"gan": len(x) * grad.flatten(1).norm(dim=1).mean()}
 
@@ -265,36 +339,44 @@ def anchor_step(run, batch):
 
 def fake_score_step(run, clips, update, exit_step):
     """The fake score follows the student: flow matching on its clips (paper eq. 5)."""
-    cfg, net, log = run.cfg, run.nets["fake"], {}
+    cfg, log = run.cfg, {}
     for batch, x in clips:
         draws = run.draws(batch.clip_ids, f"fake{update}")
         u = L.score_levels(draws.stratified_uniform(), cfg.score_shift)
         t, eps = L.make_timesteps(u, x, cfg.first), draws.randn(*x.shape[1:])
         with run.autocast():
-            loss = L.fake_score_loss(lambda x, t: net(x, t, batch.text), x, eps, t)
+            loss = L.fake_score_loss(lambda x, t: fake_score(run, x, t, batch.text), x, eps, t)
         run.backward(loss, batch, log, "fake_loss")
     run.update("fake")
     return log
 
 
 def disc_step(run, clips, update, exit_step):
-    """The discriminator tells real from generated (paper eq. 8), with R1 and R2 (eq. 10)."""
-    cfg, log = run.cfg, {}
+    """The discriminator tells real from generated (paper eq. 8), with R1 and R2 (eq. 10). If it
+    shares its backbone with the fake score, the pass over the student's clip gives the flow too,
+    and one backward pass trains both (One-Forcing)."""
+    cfg, log, shared = run.cfg, {}, has_heads(run.cfg, "fake")
     regularise = (run.step * cfg.disc_updates + update) % cfg.r1r2_every == 0
     for batch, x in clips:
         draws = run.draws(batch.clip_ids, f"disc{update}")
         t, eps = disc_level(cfg, draws, x, exit_step), draws.randn(*x.shape[1:])
-        pair = [L.add_noise(clip, eps, t) for clip in (batch.x0, x)]
-        real, fake = (discriminate(run, x_t, batch, t) for x_t in pair)
+        pair = [(L.add_noise(clip, eps, t), text)
+                for clip, text in (batch.real or (batch.x0, batch.text), (x, batch.text))]
+        (real, _), (fake, flow) = (discriminate(run, *shown, t, exit_step) for shown in pair)
         loss = L.GAN_LOSSES[cfg.gan_loss][0](real, fake)
-        for x_t, logits in zip(pair, (real, fake)) if regularise else ():
+        for (x_t, text), logits in zip(pair, (real, fake)) if regularise else ():
             delta = cfg.r1r2_sigma * draws.randn(*x.shape[1:]) * L.expand_t(t > 0)  # not the image
-            penalty = L.approx_r1_r2(lambda x: discriminate(run, x, batch, t), x_t, logits, delta)
+            penalty = L.approx_r1_r2(lambda x: discriminate(run, x, text, t, exit_step)[0], x_t,
+                                     logits, delta)
             loss = loss + cfg.r1r2_weight * penalty
-        run.batch_part(loss, batch).backward()
         told = (real > fake).float().mean()
         run.add_to(log, {"d_real": real.mean(), "d_fake": fake.mean(), "d_pairs": told}, batch)
-    run.update("disc")
+        if shared:
+            fake_loss = L.fake_score_loss(lambda *_: flow, x, eps, t)
+            loss = fake_loss + cfg.disc_weight * loss
+            run.add_to(log, {"fake_loss": fake_loss}, batch)
+        run.batch_part(loss, batch).backward()
+    run.update("fake" if shared else "disc")
     return log
 
 
@@ -302,7 +384,7 @@ def student_backward(run, x, batch, exit_step):
     """Backpropagate all terms through the rollout that made x; returns their numbers. A term gives
     the gradient of its loss by the clip. x.backward() carries their weighted sum to the student."""
     cfg, numbers, grads = run.cfg, {}, {}
-    weights = {"dmd": cfg.dmd_weight, "gan": cfg.gan_weight}
+    weights = {"dmd": cfg.dmd_weight, "gan": cfg.gan_weight * judged(cfg, exit_step)}
     for name, term in TERMS.items():
         if weights[name]:
             draws = run.draws(batch.clip_ids, name)
@@ -311,8 +393,9 @@ def student_backward(run, x, batch, exit_step):
     if cfg.gan_ratio and len(grads) == 2:  # the adversarial norm relative to DMD's, clip by clip
         dmd, gan = (L.expand_t(g.flatten(1).norm(dim=1, keepdim=True)) for g in grads.values())
         grads["gan"] *= cfg.gan_ratio * dmd / gan.clamp_min(1e-12)
-    direction = sum(weights[name] * grad for name, grad in grads.items())
-    x[:, cfg.first:].backward(run.batch_part(direction, batch))
+    if grads:
+        direction = sum(weights[name] * grad for name, grad in grads.items())
+        x[:, cfg.first:].backward(run.batch_part(direction, batch))
     if cfg.ode_anchor:
         numbers |= anchor_step(run, batch)
     return numbers
@@ -323,18 +406,26 @@ def distil_step(run):
     discriminator follow on the same clips, which they see without a graph."""
     cfg, clips, log = run.cfg, [], {}
     moving = run.step >= cfg.student_start
-    exit_step = int(run.draws([0], "exit").choice([1.0] * cfg.student_steps, 1))
+    exit_draws = run.draws([0], "exit")
+    exits = [int(exit_draws.choice([1.0] * passes, 1)) for passes in cfg.student_steps]
+    exit_step = exits[0]  # the terms that read it know one number of passes alone
+    judge = cfg.gan_weight > 0 and judged(cfg, exit_step)
     for batch in run.batches("roll"):
-        x = student_clip(run, batch.x0, batch.text, batch.draws, exit_step, moving)
+        if cfg.self_rollout:
+            x = student_clip(run, batch.x0, batch.text, batch.draws, exits, moving)
+        else:
+            x = denoised_clip(run, batch, moving)
+        batch.real = real_clips(run, batch, exit_step) if judge else ()
         if moving:
             run.add_to(log, student_backward(run, x, batch, exit_step), batch)
         run.add_to(log, {"motion": L.motion(x), "real_motion": L.motion(batch.x0)}, batch)
         clips.append((batch, x.detach()))
     if moving:
         log["grad"] = run.update("student")
-    for update in range(cfg.fake_updates if cfg.dmd_weight else 0):
+    together = has_heads(cfg, "fake") and judge  # the discriminator's update trains the fake score
+    for update in range(cfg.fake_updates if cfg.dmd_weight and not together else 0):
         log |= fake_score_step(run, clips, update, exit_step)
-    for update in range(cfg.disc_updates if cfg.gan_weight else 0):
+    for update in range(cfg.disc_updates if judge else 0):
         log |= disc_step(run, clips, update, exit_step)
     if cfg.probe_every and run.step % cfg.probe_every == 0:
         log["spread"] = probe_spread(run)
@@ -366,12 +457,14 @@ def networks(cfg):
     nets = {"ema": ("student", []), "student": ("student", [("", cfg.lr)])}
     if cfg.stage == 1 or cfg.stage > 1 and cfg.dmd_weight:
         nets["teacher"] = ("teacher", [])
+    heads, parts = ("heads.", "norm.", "out."), ("patch_", "text_", "time_", "blocks.")
     if cfg.stage > 1 and cfg.dmd_weight:
         nets["fake"] = ("fake", [("", cfg.fake_lr)])
-    if cfg.stage > 1 and cfg.gan_weight:
-        groups = [(("heads.", "norm.", "out."), cfg.disc_lr)]
+        if has_heads(cfg, "fake") and cfg.disc_backbone == "frozen":
+            nets["fake"] = ("fake", [("backbone.", cfg.fake_lr), (heads, cfg.disc_lr)])
+    if cfg.stage > 1 and cfg.gan_weight and cfg.disc_backbone == "own":
+        groups = [(heads, cfg.disc_lr)]
         if cfg.backbone_lr:  # all of it but the flow head, which has no part in the logit
-            parts = ("patch_", "text_", "time_", "blocks.")
             groups.append((tuple(f"backbone.{part}" for part in parts), cfg.backbone_lr))
         nets["disc"] = ("student" if cfg.disc_causal else "teacher", groups)
     return nets
@@ -379,34 +472,10 @@ def networks(cfg):
 
 def new_network(cfg, name):
     """One of them, uninitialised."""
-    if name != "disc":
+    if not has_heads(cfg, name):
         return build(cfg)
     return Discriminator(build(cfg), cfg.disc_layers, cfg.disc_causal, cfg.disc_granularity,
-                         cfg.disc_queries)
-
-
-def make_trajectories(run):
-    """The teacher's ODE trajectories at the student's points, a file each. Existing files stay."""
-    cfg, folder, at_once = run.cfg, run.dir / "trajectories", run.cfg.micro_batch or 32
-    files = [folder / f"{n:06d}.safetensors" for n in range(cfg.trajectories)]
-    missing = on_rank0(lambda: [n for n, file in enumerate(files) if not file.is_file()])
-    own = missing[run.rank::run.world]
-    own += missing[:1] * (-(-len(missing) // run.world) - len(own))  # as many passes on all ranks
-    keep = range(0, cfg.ode_steps, cfg.ode_steps // cfg.ode_points)
-    for i in tqdm(range(0, len(own), at_once), desc="trajectories", disable=not run.is_main):
-        numbers = own[i:i + at_once]
-        clip_ids = [cfg.seed * 10_000_000 + 5_000_000 + n for n in numbers]
-        batch = run.batch(clip_ids, "trajectories")
-        image = 0 if run.data.latent and run.data.only_text else cfg.first
-        velocity = with_cfg(run.nets["teacher"], batch.text, cfg.guidance, run.negative)
-        noise, times = batch.draws.randn(*batch.x0.shape[1:]), L.schedule(cfg.ode_steps, cfg.shift)
-        with run.autocast():
-            end, states = sample_ode(velocity, noise, batch.x0[:, :image], times, keep)
-        if world()[0] % cfg.context_parallel == 0:  # the others of a group have made the same
-            for n, path, text in zip(numbers, torch.stack([*states, end], 1), batch.text):
-                save_tensors(files[n], {"states": path, "text": text})
-    barrier()
-    run.trajectories = files
+                         cfg.disc_queries, disc_outputs(cfg))
 
 
 def draw_samples(run):
@@ -500,13 +569,12 @@ def main(argv=None):
     """The command line: one stage, or all four in order and the table."""
     overrides = parse(argv)
     control, stage = overrides.pop("control", False), overrides.get("stage", -1)
-    stages = range("teacher" in overrides, 4) if stage == -1 else [stage]
     with friendly_errors():
         require(stage == -1 or not control, "--control is for the whole recipe: leave out --stage")
         require(stage != -1 or not {"tag", "init"} & overrides.keys(), "--tag and --init belong to "
                 "one stage: add --stage")
         with processes(overrides.get("device")):
-            configs = [make_config(overrides, stage) for stage in stages]
+            configs = [make_config(given, n) for n, given in stages_of(overrides)]
             if control:  # stage 2 trained on from where stage 3 starts, for as many student steps
                 last = configs[-1]
                 more = dict(tag="control", init=str(start_from(last)[0]), student_start=0,

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
+from discriminator import has_heads
 from experiments.flops import Flops
 from model import PRESETS
 from scale.parallel import blocks_of, shard
@@ -107,12 +108,12 @@ class Rehearsal(Run):
         self.tokens = x0[0, :, 0].numel() // cfg.patch**2
         return Batch(clips, x0, draws.randn(cfg.text_len, cfg.text_dim), draws)
 
-    def trajectory(self, draws):
+    def trajectory(self, draws, with_context=False):
         cfg = self.cfg
         x0 = draws.randn(cfg.frames, cfg.in_dim, *latent_sides(cfg))
-        return x0[:, None].expand(-1, cfg.ode_points + 1, -1, -1, -1, -1), draws.randn(
-            cfg.text_len, cfg.text_dim
-        )
+        states = x0[:, None].expand(-1, cfg.ode_points + 1, -1, -1, -1, -1)
+        text = draws.randn(cfg.text_len, cfg.text_dim)
+        return (states, text, x0) if with_context else (states, text)
 
 
 class Imagined(Rehearsal):
@@ -187,10 +188,11 @@ def rehearsed(cfg, gpus):
     with run.alive:
         train.STEPS[cfg.stage](run)
         peak, flops = run.alive.peak, run.alive.flops
-        for name, step, updates in (
-            ("fake", train.fake_score_step, cfg.fake_updates),
-            ("disc", train.disc_step, cfg.disc_updates),
-        ):
+        updates_of = [("fake", train.fake_score_step, cfg.fake_updates),
+                      ("disc", train.disc_step, cfg.disc_updates)]
+        if has_heads(cfg, "fake"):
+            updates_of = [("fake", train.disc_step, cfg.disc_updates)]
+        for name, step, updates in updates_of:
             if name in run.nets and updates > 1:  # the others cost what one costs
                 before, batch = run.alive.flops, next(run.batches(name))
                 step(run, [(batch, batch.x0)], 0, 0)

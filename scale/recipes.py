@@ -1,4 +1,9 @@
-"""Recipes of the Wan presets: preset -> stage -> what differs from TrainConfig's defaults."""
+"""Recipes as data: of the Wan presets, and of AAD-1's relatives at every preset.
+
+A relative is a set of train.py's flags (docs/family.md says why each). FAMILY[preset][recipe] has,
+for every stage that it changes, what differs from AAD-1's stage of that preset.
+"""
+from utils.errors import require
 
 # Stage 1 has the rates of Causal Forcing, stage 2 those of Self Forcing, stage 3 the paper's.
 _RECIPE = {
@@ -22,3 +27,75 @@ def with_layers(layers):
 
 
 WAN_RECIPES = {"wan-1.3b": with_layers((14, 21, 29)), "wan-14b": with_layers((19, 29, 39))}
+
+# ---------------------------------------------------------------- the family
+
+_STEPS4 = dict(student_steps=(4,), ode_anchor=0.0, cache_grad=False)
+_SHARED = dict(gan_weight=0.03, disc_weight=0.03, disc_backbone="shared", gan_real="teacher",
+               r1r2_weight=1.0, r1r2_sigma=0.1, ode_anchor=0.0, cache_grad=False)
+_SELF = dict(_STEPS4, gan_weight=1.0, gan_ratio=0.5, gan_loss="relativistic", gan_real="more",
+             disc_backbone="frozen")
+_DIAGONAL = dict(context_level=0.1, dmd_diff_weight=1.0, ode_anchor=0.0, cache_grad=False)
+_CAUSAL = dict(teacher_forcing=True)
+_TOY_FAMILY = {
+    "aad-1": {},
+    "self-forcing": {2: _STEPS4},
+    "causvid": {2: dict(_STEPS4, self_rollout=False)},
+    "one-forcing": {2: _SHARED},
+    "asd": {2: _SELF},
+    "diagonal": {2: dict(_DIAGONAL, student_steps=(4, 3, 2))},  # a clip of the toy has 3 chunks
+    "causal-teacher": {
+        0: dict(_CAUSAL, init="{teacher}", iters=800, muon_lr=0.01),
+        1: dict(_CAUSAL, teacher="{out}/stage0-causal-teacher", trajectories=1024, iters=500)},
+    "consistency": {1: dict(ode_target="consistency")},
+    "no-context": {2: dict(context_level=-1.0), 3: dict(context_level=-1.0)},
+}
+# Published settings where there are any: Self Forcing's and One-Forcing's configs, Causal Forcing's
+# ODE config, Diagonal Distillation's paper. CausVid's and ASD's rates are Self Forcing's.
+_WAN_FAMILY = {
+    **_TOY_FAMILY,
+    "self-forcing": {2: dict(_STEPS4, iters=120)},
+    "one-forcing": {2: dict(_SHARED, iters=200, batch_size=8, lr=1e-5, fake_lr=1e-5, guidance=6.0,
+                            disc_updates=5, disc_layers=(29,))},
+    "diagonal": {2: dict(_DIAGONAL, student_steps=(5, 4, 3, 2), iters=120, sink=3, window=12)},
+    "causal-teacher": {
+        0: dict(_CAUSAL, init="{teacher}", iters=2000, batch_size=64, lr=2e-6, betas=(0.9, 0.999)),
+        1: dict(_CAUSAL, teacher="{out}/stage0-causal-teacher")},
+}
+FAMILY = {"toy": _TOY_FAMILY, "wan-1.3b": _WAN_FAMILY, "wan-14b": _WAN_FAMILY}
+
+
+def changes(given):
+    """What a recipe changes in a stage, its folder and what it starts from included; {} if nothing.
+
+    given: settings by name, with stage and out. Raises UsageError for an unknown recipe.
+    A relative's stages lie beside AAD-1's: <out>/stageN-RECIPE."""
+    recipe, stage, out = given.get("recipe", "aad-1"), given["stage"], given["out"]
+    own = relative(given)
+    if stage not in own:
+        return {}
+    found = dict(own[stage], tag=recipe)
+    if stage > 0 and stage - 1 in own:
+        found["init"] = "{out}/" + f"stage{stage - 1}-{recipe}"
+    where = dict(out=out, teacher=given.get("teacher") or f"{out}/stage0")
+    return {name: value.format(**where) if isinstance(value, str) else value
+            for name, value in found.items()}
+
+
+def relative(given):
+    """{stage: what the recipe changes in it}"""
+    family, recipe = FAMILY[given.get("preset", "toy")], given.get("recipe", "aad-1")
+    require(recipe in family, f"--recipe {recipe} is unknown: choose from {', '.join(family)}")
+    return family[recipe]
+
+
+def stages_of(given):
+    """[(stage, settings)] to train: one, or all of a recipe, first AAD-1's as far as they are the
+    same. A teacher that was given is not trained."""
+    if given.get("stage", -1) != -1 or given.get("preset", "toy") not in FAMILY:
+        return [(given.get("stage", 0), given)]
+    own, plain = relative(given), {k: v for k, v in given.items() if k != "recipe"}
+    stages = [(n, plain) for n in range("teacher" in given, max(1, min(own, default=4)))]
+    for n in own:  # a recipe may bring a teacher of its own
+        stages.append((n, {k: v for k, v in given.items() if k != "teacher" or k not in own[n]}))
+    return stages

@@ -13,15 +13,15 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from data import Draws, PatchCodec, WordEncoder, open_dataset
-from discriminator import Discriminator
+from discriminator import Discriminator, disc_outputs, has_heads
 from model import Shape, build
 from scale.muon import Muon
 from scale.parallel import full_tensor, local_shard, shard, world
 from scale.state import init_optimizer_state
 from utils.errors import UsageError, require
 from utils.files import clips_in, read_tensors
-from utils.runs import (read_settings, saved_states, stage_dir, start_from, steps_before,
-                        trajectory_dirs)
+from utils.runs import (read_settings, saved_states, stage_dir, start_from, starts_from_weights,
+                        steps_before, trajectory_dirs)
 from utils.settings import flag, peak_memory
 from utils.weights import load_into, open_weights
 
@@ -33,6 +33,7 @@ class Batch:
     x0: torch.Tensor      # (b, f, c, h, w)
     text: torch.Tensor    # (b, l, d)
     draws: Draws
+    real: tuple = ()      # (clip, text) that the discriminator holds for real; train.py sets it
 
 
 class Run:
@@ -58,11 +59,23 @@ class Run:
             clips = self.data.batch(range(max(1, 512 * 32 ** 2 // cfg.size ** 2)))["video"]
             self.codec = PatchCodec.fit(clips, cfg.codec_patch, cfg.in_dim)
         self.trajectories = next(filter(None, map(clips_in, trajectory_dirs(cfg))), [])
-        last = trajectory_dirs(cfg)[-1]
-        require(cfg.stage < 2 or not cfg.ode_anchor or self.trajectories, f"--ode-anchor "
-                f"{cfg.ode_anchor} needs the teacher's trajectories, and {last} has none: train "
-                "stage 1, or use --ode-anchor 0")
+        self.check_trajectories()
         torch.manual_seed(cfg.seed)
+
+    def check_trajectories(self):
+        """Stages 2 and 3 have the trajectories that their terms ask for; UsageError if not."""
+        cfg, last = self.cfg, trajectory_dirs(self.cfg)[-1]
+        if cfg.stage < 2:
+            return
+        real = cfg.gan_weight and cfg.gan_real == "teacher"
+        for wanted, name, without in ((cfg.ode_anchor, "--ode-anchor", "--ode-anchor 0"),
+                                      (real, "--gan-real teacher", "--gan-real data")):
+            require(not wanted or self.trajectories, f"{name} needs the teacher's trajectories, "
+                    f"and {last} has none: train stage 1, or use {without}")
+        causal = self.trajectories and "context" in read_tensors(self.trajectories[0])
+        require(not cfg.ode_anchor or not causal, f"--ode-anchor needs trajectories from noise to "
+                f"clip, and those of a causal teacher in {self.trajectories[:1]} start each chunk "
+                "on a real past: use --ode-anchor 0")
 
     # ---- networks
 
@@ -147,12 +160,16 @@ class Run:
         x0, text = x0.to(self.device), text.to(self.device)
         return Batch(clip_ids, x0, text, self.draws(clip_ids, purpose))
 
-    def trajectory(self, draws):
-        """Teacher trajectories for a batch: states (b, points + 1, f, c, h, w), and texts."""
+    def trajectory(self, draws, with_context=False):
+        """Teacher trajectories for a batch: states (b, points + 1, f, c, h, w), and texts.
+        with_context: and the clips (b, f, c, h, w) on which a causal teacher made them."""
         numbers = (draws.rand(1)[:, 0] * len(self.trajectories)).long().tolist()
         rows = [read_tensors(self.trajectories[n]) for n in numbers]
-        text = pad_sequence([row["text"] for row in rows], batch_first=True)
-        return torch.stack([row["states"] for row in rows]).to(self.device), text.to(self.device)
+        text = pad_sequence([row["text"] for row in rows], batch_first=True).to(self.device)
+        states = torch.stack([row["states"] for row in rows]).to(self.device)
+        if not with_context:
+            return states, text
+        return states, text, torch.stack([row["context"] for row in rows]).to(self.device)
 
     # ---- losses and updates
 
@@ -257,14 +274,15 @@ def prepare(run, networks):
 
     networks: {name: (whose weights it starts from, [(prefixes of parameter names, lr)])}"""
     cfg = run.cfg
-    if cfg.stage == 0:
+    if not starts_from_weights(cfg):
         weights = {"student": (build(cfg).init_weights().state_dict(), run.dir)}
     else:
         weights, run.codec = starting_weights(cfg)
     for name, (origin, groups) in networks.items():
         tensors, where = weights[origin]
-        if name == "disc":
-            heads = Discriminator(None, cfg.disc_layers, queries=cfg.disc_queries, cfg=cfg)
+        if has_heads(cfg, name):
+            heads = Discriminator(None, cfg.disc_layers, queries=cfg.disc_queries,
+                                  outputs=disc_outputs(cfg), cfg=cfg)
             backbone = {f"backbone.{key}": tensor for key, tensor in tensors.items()}
             tensors = {**backbone, **heads.state_dict()}
         net = run.build_sharded(name, bool(groups))
@@ -273,7 +291,7 @@ def prepare(run, networks):
 
 def check_start(cfg, latents):
     """The weights that a stage starts from are elsewhere, and fit its clips."""
-    for path in start_from(cfg) if cfg.stage else ():
+    for path in start_from(cfg) if starts_from_weights(cfg) else ():
         require(path.resolve() != stage_dir(cfg).resolve(), f"{path} cannot start from itself: "
                 "choose another --tag or --out")
         codec = checkpoint_of(cfg, path)[1]
@@ -281,6 +299,12 @@ def check_start(cfg, latents):
                 "scale.encode, and name their folder with --data")
         require(not codec or not latents, f"{path} was trained on frames, and {cfg.data} holds "
                 "latents: leave out --data, or name a folder of videos")
+        causal = (read_settings(path) or {}).get("teacher_forcing", cfg.teacher_forcing)
+        role = path == start_from(cfg)[1] and cfg.stage > 0  # a teacher may start from a plain one
+        require(not role or causal == cfg.teacher_forcing, f"{path} is a causal teacher: add "
+                "--teacher-forcing in stage 1, and name a bidirectional one in later stages"
+                if causal else f"{path} was not trained with --teacher-forcing: leave it out, or "
+                "name a causal teacher with --teacher")
         patch = codec.patch if codec else cfg.codec_patch
         require(patch == cfg.codec_patch, f"{path} has a codec of {patch} pixels a patch, this run "
                 f"{cfg.codec_patch}: use --codec-patch {patch}")

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
                                                      get_state_dict, set_state_dict)
 
+from discriminator import has_heads
 from utils.errors import UsageError, require
 from utils.files import save_tensors
 from utils.runs import saved_states
@@ -112,6 +113,9 @@ def export(run):
     for name, file in (("student", "weights"), ("ema", "ema"), ("fake", "fake")):
         if name in run.nets:
             tensors = get_model_state_dict(run.nets[name], options=options)
+            if has_heads(run.cfg, name):  # a fake score that is a discriminator too: without heads
+                tensors = {key.removeprefix("backbone."): x for key, x in tensors.items()
+                           if key.startswith("backbone.")}
             if run.is_main:
                 save_tensors(run.dir / f"{file}.safetensors", tensors)
     if run.is_main and run.codec:

@@ -24,10 +24,17 @@ def stage_dir(cfg):
     return Path(cfg.out) / (f"stage{cfg.stage}-{cfg.tag}" if cfg.tag else f"stage{cfg.stage}")
 
 
+def starts_from_weights(cfg):
+    """Whether a stage starts from another's weights; a teacher may be trained from scratch."""
+    return cfg.stage > 0 or bool(cfg.init)
+
+
 def start_from(cfg):
     """Folders of the student's and the teacher's weights that a stage starts from."""
     teacher = Path(cfg.teacher or Path(cfg.out) / "stage0")
-    before = teacher if cfg.stage == 1 else Path(cfg.out) / f"stage{cfg.stage - 1}"
+    if cfg.stage == 0:  # a teacher has no teacher
+        teacher = Path(cfg.init or teacher)
+    before = teacher if cfg.stage < 2 else Path(cfg.out) / f"stage{cfg.stage - 1}"
     return Path(cfg.init or before), teacher
 
 
@@ -71,7 +78,7 @@ def read_settings(folder):
 def steps_before(cfg):
     """Steps already made of this stage's clips and noise: those of the stage it starts from, if
     that has the same number (--stage 2 --init out/toy/stage2 goes on with new clips), else 0."""
-    settings = (read_settings(start_from(cfg)[0]) if cfg.stage else None) or {}
+    settings = (read_settings(start_from(cfg)[0]) if starts_from_weights(cfg) else None) or {}
     if settings.get("stage") != cfg.stage:
         return 0
     return settings.get("steps_before", 0) + settings.get("iters", 0)
@@ -94,7 +101,7 @@ def fingerprint(path):
 
 def origins(cfg):
     """Fingerprints of the weights that a stage starts from."""
-    return [fingerprint(path) for path in start_from(cfg)] if cfg.stage else []
+    return [fingerprint(path) for path in start_from(cfg)] if starts_from_weights(cfg) else []
 
 
 @contextlib.contextmanager
@@ -124,7 +131,7 @@ def same_setting(name, old, new):
     """Whether a setting is what it was; paths may be written differently."""
     if name in ("data", "init", "teacher") and old and new:
         return Path(old).resolve() == Path(new).resolve()
-    return old == new
+    return old == new or [old] == new  # one number where a list is allowed now
 
 
 def decide_resume(cfg, defaults):

@@ -18,13 +18,13 @@ from utils.errors import UsageError, check_device, require
 
 INF = math.inf
 LIMITS = (  # least, most, in words, the settings that have to lie between
-    (1, INF, "at least 1", "batch_size trajectories ode_steps ode_points student_steps "
+    (1, INF, "at least 1", "batch_size trajectories ode_steps ode_points "
      "context_parallel disc_queries r1r2_every max_bad_steps size codec_patch window dim ffn_dim "
      "freq_dim num_heads num_layers in_dim patch text_len text_dim"),
     (0, INF, "at least 0", "iters micro_batch save_every eval_clips samples fps sink lr fake_lr "
      "disc_lr muon_lr backbone_lr weight_decay lr_warmup student_start fake_updates disc_updates "
      "guidance dmd_weight dmd_diff_weight gan_weight gan_ratio ode_anchor probe_every r1r2_weight "
-     "r1r2_sigma"),
+     "r1r2_sigma disc_weight grad_chunks"),
     (1e-12, INF, "above 0", "grad_clip eps shift train_shift score_shift gan_shift"),
     (0, 1, "between 0 and 1", "ema text_drop lr_decay gan_t_max stop_spread turns"),
     (-INF, 1, "at most 1", "context_level"),
@@ -202,6 +202,30 @@ def check_training(cfg):
             "or lower the second")
 
 
+def check_relatives(cfg):
+    """What the relatives of AAD-1 switch on fits together."""
+    passes = cfg.student_steps
+    require(min(passes) >= 1, f"--student-steps {as_words(passes)}: numbers of passes, from 1 up")
+    require(cfg.stage < 2 or not cfg.teacher_forcing, "--teacher-forcing is for stages 0 and 1: "
+            "leave it out in later ones")
+    if cfg.stage < 2:
+        return
+    for given, name in ((cfg.gan_interval, "--gan-interval"),
+                        (cfg.gan_real == "more", "--gan-real more"),
+                        (not cfg.self_rollout, "--no-self-rollout")):
+        require(not given or len(passes) == 1, f"{name} needs one number of --student-steps, not "
+                f"{as_words(passes)}")
+    require(cfg.gan_real != "more" or passes[0] > 1, "--gan-real more compares clips of n and n + "
+            "1 passes: use --student-steps 2 or more")
+    bidirectional = cfg.dmd_weight and not cfg.disc_causal
+    require(cfg.disc_backbone == "own" or not cfg.gan_weight or bidirectional, f"--disc-backbone "
+            f"{cfg.disc_backbone} is the fake score, which is bidirectional and belongs to DMD: "
+            "give --dmd-weight a number, and leave out --disc-causal")
+    require(cfg.gan_real != "teacher" or cfg.gan_loss != "relativistic", "--gan-loss relativistic "
+            "compares clips of one image, and --gan-real teacher has others: use --gan-loss "
+            "logistic")
+
+
 def check_choice(name, value, choices):
     """One of a few words."""
     require(value in choices, f"{flag(name)} {value} is unknown: choose from {', '.join(choices)}")
@@ -218,10 +242,14 @@ def validate(cfg):
     check_choice("dtype", cfg.dtype, ("bfloat16", "float32"))
     check_choice("gan_loss", cfg.gan_loss, tuple(GAN_LOSSES))
     check_choice("disc_granularity", cfg.disc_granularity, ("clip", "chunk", "frame"))
+    check_choice("disc_backbone", cfg.disc_backbone, ("own", "shared", "frozen"))
+    check_choice("gan_real", cfg.gan_real, ("data", "teacher", "more"))
+    check_choice("ode_target", cfg.ode_target, ("end", "consistency"))
     require(Path(cfg.tag).name == cfg.tag, f"--tag {cfg.tag} becomes part of a folder's name: use "
             "letters, digits and dashes")
     require(cfg.data != str(Path(cfg.out).resolve()), f"--out {cfg.out} is the folder of the "
             "clips: choose another")
     check_network(cfg)
     check_training(cfg)
+    check_relatives(cfg)
     check_device(cfg.device)

@@ -1,0 +1,38 @@
+"""The teacher's ODE trajectories, which stage 1 learns from: a file each, shared by processes."""
+import torch
+from tqdm import tqdm
+
+import losses as L
+from model import stream_mask
+from sample import sample_ode, with_cfg
+from scale.parallel import barrier, on_rank0, world
+from utils.files import save_tensors
+
+
+def make_trajectories(run):
+    """The teacher's ODE trajectories at the student's points, a file each. Existing files stay."""
+    cfg, folder, at_once = run.cfg, run.dir / "trajectories", run.cfg.micro_batch or 32
+    files = [folder / f"{n:06d}.safetensors" for n in range(cfg.trajectories)]
+    missing = on_rank0(lambda: [n for n, file in enumerate(files) if not file.is_file()])
+    own = missing[run.rank::run.world]
+    own += missing[:1] * (-(-len(missing) // run.world) - len(own))  # as many passes on all ranks
+    keep = range(0, cfg.ode_steps, cfg.ode_steps // cfg.ode_points)
+    for i in tqdm(range(0, len(own), at_once), desc="trajectories", disable=not run.is_main):
+        numbers = own[i:i + at_once]
+        clip_ids = [cfg.seed * 10_000_000 + 5_000_000 + n for n in numbers]
+        batch = run.batch(clip_ids, "trajectories")
+        image = 0 if run.data.latent and run.data.only_text else cfg.first
+        teacher = run.nets["teacher"]
+        if cfg.teacher_forcing:  # a causal teacher makes all chunks at once, each on a real past
+            teacher = L.on_clean_context(teacher, batch.x0, stream_mask(cfg, clean=True))
+        velocity = with_cfg(teacher, batch.text, cfg.guidance, run.negative)
+        noise, times = batch.draws.randn(*batch.x0.shape[1:]), L.schedule(cfg.ode_steps, cfg.shift)
+        with run.autocast():
+            end, states = sample_ode(velocity, noise, batch.x0[:, :image], times, keep)
+        if world()[0] % cfg.context_parallel == 0:  # the others of a group have made the same
+            paths = torch.stack([*states, end], 1)
+            for n, path, text, x0 in zip(numbers, paths, batch.text, batch.x0):
+                past = {"context": x0} if cfg.teacher_forcing else {}
+                save_tensors(files[n], {"states": path, "text": text, **past})
+    barrier()
+    run.trajectories = files
