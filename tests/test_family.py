@@ -1,0 +1,470 @@
+"""AAD-1's relatives: what each switch does to losses, gradients and passes (docs/family.md)."""
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import losses as L
+import model as M
+import sample
+import train
+from discriminator import Discriminator
+from experiments import plan
+from scale.recipes import FAMILY, stages_of
+from tests.common import (SMALL, command, inputs, largest_difference, logs, network, relative,
+                          several_processes, small_config, timeless, tiny, weights)
+from utils.errors import UsageError
+
+RELATIVES = [name for name in FAMILY["toy"] if name != "aad-1"]
+
+
+def at_work(stage, *flags):
+    """A stage of the small run at work, on clips of noise."""
+    return plan.Rehearsal(small_config(stage, *flags))
+
+
+def gradients(net, names):
+    """Sum of absolute gradients of the parameters whose names start with `names`."""
+    grads = [p.grad for name, p in net.named_parameters() if name.startswith(names)]
+    return sum(g.abs().sum().item() for g in grads if g is not None)
+
+
+def frozen_updates(monkeypatch, run):
+    """Gradients stay where a step has left them: no optimizer moves or clears them."""
+    monkeypatch.setattr(run, "update", lambda name: 0.0)
+
+
+# ---------------------------------------------------------------- recipes
+
+def test_a_recipe_is_its_flags():
+    """--recipe sets what can be set flag by flag."""
+    flags = ("--student-steps 4 --ode-anchor 0 --no-cache-grad --gan-weight 1 --gan-ratio 0.5 "
+             "--gan-loss relativistic --gan-real more --disc-backbone frozen --tag asd")
+    by_hand, by_name = (train.make_config(train.parse(words.split()), 2)
+                        for words in (flags, "--recipe asd"))
+    by_hand.recipe = "asd"
+    assert by_hand == by_name
+
+
+def test_stages_of_a_recipe():
+    """What a relative shares with AAD-1 comes first, from the same folders."""
+    def folders(*argv):
+        configs = [train.make_config(given, n) for n, given in stages_of(train.parse(list(argv)))]
+        return [(cfg.stage, cfg.tag) for cfg in configs], configs
+
+    assert folders()[0] == [(0, ""), (1, ""), (2, ""), (3, "")]
+    assert folders("--recipe", "asd")[0] == [(0, ""), (1, ""), (2, "asd")]
+    assert folders("--recipe", "no-context")[0][2:] == [(2, "no-context"), (3, "no-context")]
+    tags, configs = folders("--recipe", "causal-teacher", "--out", "x", "--teacher", "given")
+    assert tags == [(0, "causal-teacher"), (1, "causal-teacher")]  # no plain teacher is trained
+    assert configs[0].init == "given" and configs[1].teacher == "x/stage0-causal-teacher"
+    with pytest.raises(UsageError, match="--recipe fast is unknown: choose from aad-1"):
+        folders("--recipe", "fast")
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--gan-real more", "--student-steps 2 or more"),
+    ("--gan-interval --student-steps 4 2", "one number of --student-steps, not 4 2"),
+    ("--no-self-rollout --student-steps 4 2", "--no-self-rollout needs one number"),
+    ("--disc-backbone shared --gan-weight 1 --dmd-weight 0", "--dmd-weight a number"),
+    ("--gan-real teacher --gan-loss relativistic", "--gan-loss logistic"),
+    ("--student-steps 0", "from 1 up"), ("--teacher-forcing", "stages 0 and 1")])
+def test_switches_that_do_not_go_together(flags, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        small_config(2, *flags.split())
+
+
+@pytest.mark.parametrize("recipe", RELATIVES)
+def test_a_relative_at_wans_shapes(recipe):
+    """Every stage that a recipe changes can be planned at both presets, for many GPUs."""
+    for preset in ("wan-1.3b", "wan-14b"):
+        for stage in FAMILY[preset][recipe]:
+            given = dict(preset=preset, recipe=recipe, dtype="bfloat16", device="cpu",
+                         teacher="official", data="latents")
+            if recipe == "causal-teacher" and stage == 1:
+                del given["teacher"]
+            cfg = train.make_config(given, stage)
+            bytes_of = plan.static_bytes(cfg, 64)
+            assert bytes_of["weights"] > 0 and cfg.micro_batch == 1
+
+
+# ---------------------------------------------------------------- One-Forcing: a shared critic
+
+def test_one_backward_trains_the_shared_critic(monkeypatch):
+    """Backbone, flow head and heads all have gradients after one step; the student has none. Two
+    passes: the real clip, and the student's, which gives flow and logit."""
+    run = at_work(2, "--recipe", "one-forcing", "--r1r2-weight", 0, "--gan-real", "data")
+    frozen_updates(monkeypatch, run)
+    assert run.nets.keys() == {"ema", "student", "teacher", "fake"}
+    batch, calls, net = next(run.batches("roll")), [], run.nets["fake"]
+    net.backbone.register_forward_hook(lambda *args: calls.append(args))
+    train.disc_step(run, [(batch, batch.x0 + 1)], 0, 0)
+    assert len(calls) == 2 + 2  # and one each for R1 and R2, whose weight is 0
+    for part in ("backbone.blocks.0", "backbone.head.", "heads.", "out."):
+        assert gradients(net, part) > 0, part
+    assert gradients(run.nets["student"], "") == 0
+
+
+def test_the_weight_of_the_logit_leaves_the_flow_alone(monkeypatch):
+    """--disc-weight 0: the shared step is the fake score's own."""
+    run = at_work(2, "--recipe", "one-forcing", "--disc-weight", 0, "--gan-real", "data")
+    frozen_updates(monkeypatch, run)
+    batch, net = next(run.batches("roll")), run.nets["fake"]
+    shown, old = [], net.backbone.forward
+    net.backbone.forward = lambda x, t, text, **o: shown.append((x, t)) or old(x, t, text, **o)
+    log = train.disc_step(run, [(batch, batch.x0)], 0, 0)
+    assert gradients(net, "backbone.head.") > 0 and gradients(net, "heads.") == 0
+    (_, t), (x_t, same) = shown[:2]
+    assert torch.equal(t, same) and 0.02 <= t[:, 1].min() <= t[:, 1].max() <= 0.98
+    with torch.no_grad():
+        flow = net(x_t, t, batch.text, with_flow=True)[1]
+    eps = (x_t - (1 - L.expand_t(t)) * batch.x0) / L.expand_t(t).clamp_min(1e-6)
+    want = L.frame_mean((flow - (eps - batch.x0)).square(), t).item()
+    assert log["fake_loss"] == pytest.approx(want, rel=1e-3)
+
+
+def test_the_student_leaves_no_gradient_in_a_shared_critic():
+    run = at_work(2, "--recipe", "one-forcing", "--gan-real", "data")
+    batch = next(run.batches("roll"))
+    x = train.student_clip(run, batch.x0, batch.text, batch.draws, 0, True)
+    train.student_backward(run, x, batch, 0)
+    assert gradients(run.nets["student"], "") > 0 and gradients(run.nets["fake"], "") == 0
+
+
+def test_gradients_of_the_last_chunks_alone():
+    """--grad-chunks 1: what is judged in earlier chunks changes no weight of the student."""
+    run = at_work(2, "--grad-chunks", 1)
+    batch, grads = next(run.batches("roll")), []
+    for early in (0.0, 5.0):
+        run.nets["student"].zero_grad()
+        draws = run.draws(batch.clip_ids, "same")
+        x = train.student_clip(run, batch.x0, batch.text, draws, 0, True)
+        direction = torch.ones_like(x)
+        direction[:, :4] += early
+        x.backward(direction)
+        grads.append([p.grad.clone() for p in run.nets["student"].parameters()
+                      if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads)) and grads[0]
+    whole = train.student_clip(at_work(2), batch.x0, batch.text, draws, 0, True)
+    assert whole[:, 1:4].requires_grad
+
+
+def test_real_clips_may_be_the_teachers():
+    """--gan-real teacher: clean ends of trajectories, with their own captions."""
+    run = at_work(2, "--recipe", "one-forcing")
+    path, text = torch.randn(4, 5, 7, 8, 8, 8), torch.randn(4, 6, 32)
+    run.trajectory = lambda draws: (path, text)
+    clip, caption = train.real_clips(run, next(run.batches("roll")), 0)
+    assert torch.equal(clip, path[:, -1]) and torch.equal(caption, text)
+
+
+# ---------------------------------------------------------------- ASD: more passes are real
+
+def test_the_clip_of_one_more_pass():
+    """It has no graph, the noise of its own, and one more pass than the student's."""
+    run = at_work(2, "--recipe", "asd")
+    batch, seen = next(run.batches("roll")), []
+    net = run.nets["student"]
+    net.register_forward_pre_hook(lambda _, args: seen.append((args[0].detach(), args[1][0, 0])))
+    mine = train.student_clip(run, batch.x0, batch.text, batch.draws, [1], True)
+    passes, noise = [t.item() for _, t in seen if t > 0], seen[1][0]
+    seen.clear()
+    clip, text = train.real_clips(run, batch, 1)
+    more = [t.item() for _, t in seen if t > 0]
+    assert mine.requires_grad and not clip.requires_grad and text is batch.text
+    assert passes == pytest.approx(L.schedule(4, 8.0)[:2] * 2)
+    assert more == pytest.approx(L.schedule(4, 8.0)[:3] * 2)
+    assert not torch.equal(noise, seen[1][0])
+
+
+def test_no_adversarial_term_after_the_last_pass(monkeypatch):
+    """Of 4 passes there is no clip of 5: DMD alone, and the fake score's own update."""
+    run = at_work(2, "--recipe", "asd", "--student-start", 0, "--probe-every", 0)
+    done, exits = [], iter([3, 1])
+    for name in ("fake_score_step", "disc_step"):
+        monkeypatch.setattr(train, name, lambda *_, name=name: done.append(name) or {})
+    monkeypatch.setitem(train.TERMS, "gan", lambda run, x, *_: (
+        done.append("gan") or torch.zeros_like(x[:, 1:]), {}))
+    drawn = run.draws
+
+    def draws(clip_ids, purpose):
+        found = drawn(clip_ids, purpose)
+        if purpose == "exit":
+            found.choice = lambda *_: torch.tensor([[next(exits)]])
+        return found
+
+    run.draws = draws
+    train.distil_step(run)
+    assert done == ["fake_score_step"]
+    done.clear()
+    train.distil_step(run)
+    assert done == ["gan"] + ["disc_step"] * run.cfg.disc_updates
+
+
+def test_swapping_the_pair_turns_the_gradient():
+    run = at_work(2, "--recipe", "asd")
+    batch, column = next(run.batches("roll")), []
+
+    class Sum(torch.nn.Module):
+        def forward(self, x, t, text, with_flow, detach):
+            column.append(detach)
+            return x[:, 1:].flatten(1).sum(1)[:, None] * torch.tensor([1.0, 2.0, 3.0]), None
+
+    run.nets["fake"], x = Sum(), batch.x0
+    batch.real = (x + 1, batch.text)
+    towards, _ = train.gan_term(run, x, batch, batch.draws, 1)
+    assert (towards < 0).all() and column[0] is False  # gradients pass through the features
+    real, fake = torch.zeros(4, requires_grad=True), torch.zeros(4, requires_grad=True)
+    d_loss, g_loss = L.GAN_LOSSES["relativistic"]
+    one = torch.autograd.grad(g_loss(real, fake), fake)[0]
+    other = torch.autograd.grad(g_loss(fake, real), fake)[0]
+    assert torch.equal(one, -other)
+
+
+def test_outputs_of_a_discriminator_are_independent():
+    """The loss of output n sends exactly no gradient to the others."""
+    cfg = tiny()
+    torch.manual_seed(0)
+    disc = Discriminator(network(cfg), [0, 1], outputs=3)
+    x, t, text = inputs(cfg)
+    logits = disc(x, t, text)
+    assert logits.shape == (2, 3)
+    logits[:, 1].sum().backward()
+    assert disc.out.weight.grad[1].abs().sum() > 0
+    assert disc.out.weight.grad[[0, 2]].abs().sum() == 0
+
+
+def test_heads_on_a_frozen_backbone(monkeypatch):
+    """The logit moves the heads alone, the flow the backbone alone, and the student's term passes
+    through the features to the clip."""
+    run = at_work(2, "--recipe", "asd", "--disc-weight", 1)
+    net, (x, t, text) = run.nets["fake"], (next(run.batches("roll")).x0, None, None)
+    batch = next(run.batches("roll"))
+    t = L.make_timesteps(0.5, x, 1)
+    logits, _ = train.discriminate(run, x, batch.text, t, 0)
+    logits.sum().backward()
+    assert gradients(net, "backbone.") == 0 and gradients(net, ("heads.", "out.")) > 0
+    net.zero_grad()
+    L.fake_score_loss(lambda x, t: train.fake_score(run, x, t, batch.text), x, torch.randn_like(x),
+                      t).backward()
+    assert gradients(net, "backbone.") > 0 and gradients(net, ("heads.", "out.")) == 0
+    batch.real = (batch.x0, batch.text)
+    torch.nn.init.normal_(net.out.weight)
+    grad, _ = train.gan_term(run, x, batch, batch.draws, 0)
+    assert grad.abs().sum() > 0
+
+
+# ---------------------------------------------------------------- Diagonal Distillation
+
+def test_dmd_on_differences_has_a_gradient():
+    """Non-zero, and zero for a clip that moves as the teacher would have it."""
+    run = at_work(2, "--dmd-weight", 1, "--dmd-diff-weight", 1)
+    batch = next(run.batches("roll"))
+    x = batch.x0
+
+    def direction(offset, weight):
+        run.cfg.dmd_diff_weight = weight
+        guesses = {"teacher": x + offset, "fake": x}
+        for name, x0 in guesses.items():
+            run.nets[name] = lambda x_t, t, text, x0=x0: torch.where(
+                L.expand_t(t) > 0, (x_t - x0) / L.expand_t(t).clamp_min(1e-6), 0 * x_t)
+        return train.dmd_term(run, x, batch, run.draws(batch.clip_ids, "same"), 0)[0]
+
+    moving = torch.randn_like(x)
+    assert relative(direction(moving, 1), direction(moving, 0)) > 0.1
+    constant = torch.full_like(x, 0.5)  # the same motion: only the first difference, to the image
+    change = direction(constant, 1) - direction(constant, 0)
+    assert change[:, 0].abs().max() > 0 and change[:, 1:].abs().max() < 1e-6
+
+
+def test_passes_in_training_are_those_in_use():
+    """A list of passes gives the same clip in both; every chunk exits within its own number."""
+    cfg, passes = tiny(frames=10), (4, 3, 2)
+    net, (x, _, text) = network(cfg), inputs(cfg)
+
+    def randn(n, g=None):
+        return torch.randn(2, n, 4, 4, 4, generator=g)
+
+    def clip(**options):
+        g = torch.Generator().manual_seed(0)
+        chunks = sample.rollout(net, x[:, :1], text, lambda n: randn(n, g), 10, passes, **options)
+        return torch.cat(list(chunks), 1)
+
+    settings = {"stage": 2, "student_steps": list(passes), "context_level": 0.0}
+    g = torch.Generator().manual_seed(0)
+    used = sample.generate(net, settings, x[:, :1], text, lambda n: randn(n, g), 10)
+    assert torch.equal(used, clip()) and torch.equal(used, clip(exit_step=[3, 2, 1]))
+    early = clip(exit_step=[3, 2, 0])
+    assert torch.equal(early[:, :7], used[:, :7]) and not torch.equal(early[:, 7:], used[:, 7:])
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_without_context_pass_each_chunk_saves_one(steps):
+    cfg, counts = tiny(), []
+    net, (x, _, text) = network(cfg), inputs(cfg)
+    for level in (0.0, -1.0):
+        calls = []
+        hook = net.register_forward_pre_hook(lambda *_: calls.append(1))
+        for _ in sample.rollout(net, x[:, :1], text, lambda n: torch.randn(2, n, 4, 4, 4), 13,
+                                steps, context_level=level):
+            pass
+        hook.remove()
+        counts.append(len(calls))
+    chunks = 4
+    assert counts[0] - counts[1] == chunks - 1  # the last chunk needs none, the image keeps its own
+
+
+# ---------------------------------------------------------------- CausVid, causal teacher
+
+def test_causvids_clip_is_made_of_noised_real_ones():
+    """One masked pass; every chunk at a level of the schedule; the image as it is."""
+    run = at_work(2, "--recipe", "causvid")
+    batch, shown = next(run.batches("roll")), []
+    net = run.nets["student"]
+    old = net.forward
+    net.forward = lambda x, t, text, **o: shown.append((x, t, o)) or old(x, t, text, **o)
+    clip = train.denoised_clip(run, batch, True)
+    (x, t, options), = shown
+    levels = torch.tensor([0.0, *L.schedule(4, 8.0)])
+    assert (t[..., None] - levels).abs().min(-1).values.max() < 1e-6 and (t[:, 0] == 0).all()
+    assert (t[:, 1:4] == t[:, 1:2]).all() and len(t[:, 1:].unique()) > 1
+    assert torch.equal(clip[:, 0], batch.x0[:, 0]) and clip.requires_grad
+    assert torch.equal(options["mask"], M.stream_mask(run.cfg))
+    pure = t == 1
+    assert pure.any() and abs(F.cosine_similarity(x[pure].flatten(), batch.x0[pure].flatten(),
+                                                  0)) < 0.1
+
+
+def test_a_causal_teacher_sees_clean_earlier_chunks():
+    """What it says of a chunk depends on clean chunks before it and on the noisy chunk itself: not
+    on its own clean version, nor on other noisy ones."""
+    cfg = tiny()
+    net, (x, _, text) = network(cfg), inputs(cfg)
+    clean, noisy = x.clone().requires_grad_(), torch.randn_like(x).requires_grad_()
+    t = L.make_timesteps(0.7, x, 1)
+    flow = L.on_clean_context(net, clean, M.stream_mask(cfg, clean=True))(noisy, t, text)
+    seen = torch.autograd.grad(flow[:, 4:].sum(), (clean, noisy))
+    frames = [(g.abs().sum((0, 2, 3, 4)) > 0).tolist() for g in seen]
+    assert frames[0] == [True] * 4 + [False] * 3 and frames[1] == [False] * 4 + [True] * 3
+
+
+def test_teacher_forcing_shows_the_real_past(monkeypatch):
+    run = at_work(0, "--teacher-forcing")
+    shown, net = [], run.nets["student"]
+    old = net.forward
+    net.forward = lambda x, t, text, **o: shown.append((x, t)) or old(x, t, text, **o)
+    batch = next(run.batches("teacher"))
+    train.teacher_step(run)
+    (x, t), = shown
+    assert torch.equal(x[:, :7], batch.x0) and (t[:, :7] == 0).all() and (t[:, 8:] > 0).all()
+
+
+def test_consistency_at_the_last_state_is_the_regression():
+    """The neighbour of the last noisy state is the clean end: the same loss. Before it, it is
+    not."""
+    losses = []
+    for weights_of in ("0 0 0 1 0", "1 0 0 0 0"):
+        for target in ("end", "consistency"):
+            run = at_work(1, "--ode-target", target, "--ode-point-weights", *weights_of.split())
+            path = torch.randn(4, 5, 7, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+            run.trajectory = lambda draws, context, path=path: (path, torch.zeros(4, 6, 32))
+            torch.manual_seed(0)
+            for name in ("student", "ema"):
+                torch.manual_seed(1)
+                for p in run.nets[name].parameters():
+                    torch.nn.init.normal_(p, std=0.05)
+            losses.append(train.ode_step(run)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[2] != pytest.approx(losses[3], rel=1e-2)
+
+
+def test_eulers_method_inside_a_chunk():
+    """--ode of a rollout follows the flow: with the exact flow of one clip every number of passes
+    ends there, and adds no noise."""
+    cfg = tiny()
+    net, (x, _, text), asked = network(cfg), inputs(cfg), []
+
+    def exact(x_t, t, text, cache):
+        start = cache.committed
+        cache.present = [(torch.zeros(2, x_t.shape[1], 1, 1, 1),) * 2]
+        target = x[:, start:start + x_t.shape[1]]
+        return torch.where(L.expand_t(t) > 0, (x_t - target) / L.expand_t(t).clamp_min(1e-6), 0.0)
+
+    def randn(n):
+        asked.append(n)
+        return torch.randn(2, n, 4, 4, 4)
+
+    exact.cfg = net.cfg
+    clip = torch.cat(list(sample.rollout(exact, x[:, :1], text, randn, 7, 4, ode=True)), 1)
+    assert torch.allclose(clip, x, atol=1e-5) and asked == [3, 3]
+
+
+# ---------------------------------------------------------------- runs
+
+@pytest.fixture(scope="module")
+def causal(small_run):
+    """The small run with the causal teacher and the stage 1 that learns from it."""
+    train.main(["--out", str(small_run), "--recipe", "causal-teacher", "--iters", "3", *SMALL])
+    return small_run
+
+
+def test_a_causal_teacher_and_its_student(causal):
+    path = next((causal / "stage1-causal-teacher" / "trajectories").glob("*.safetensors"))
+    tensors = load_file(path)
+    assert tensors["context"].shape == tensors["states"].shape[1:]
+    assert torch.equal(tensors["states"][0, :1], tensors["context"][:1])  # the same image
+    net, _, settings = sample.load_stage(causal / "stage0-causal-teacher")
+    x = torch.randn(1, 1, 8, 8, 8)
+    chunks = list(sample.generate_chunks(net, settings, x, torch.zeros(1, 6, 32),
+                                         lambda n: torch.randn(1, n, 8, 8, 8), 7))
+    assert [c.shape[1] for c in chunks] == [1, 3, 3]  # it streams, as a bidirectional one cannot
+
+
+def test_a_causal_teacher_is_used_where_it_belongs(causal, tmp_path):
+    teacher = str(causal / "stage0-causal-teacher")
+    for stage, flags, sentence in (
+            (1, ["--teacher", teacher], "is a causal teacher: add --teacher-forcing"),
+            (1, ["--teacher-forcing", "--teacher", str(causal / "stage0")], "leave it out"),
+            (2, ["--teacher", teacher, "--init", str(causal / "stage1")], "is a causal teacher"),
+            (2, ["--ode-anchor", "0.1", "--teacher", str(causal / "stage0"), "--init",
+                 str(causal / "stage1-causal-teacher")], "use --ode-anchor 0")):
+        with pytest.raises(UsageError, match=sentence):
+            train.train(train.make_config(train.parse(
+                ["--out", str(tmp_path), "--iters", "2", *flags, *SMALL]), stage))
+
+
+@pytest.mark.parametrize("recipe", ["one-forcing", "asd"])
+def test_relatives_resume_bit_for_bit(small_run, tmp_path, recipe):
+    flags = command(small_run, 2, "--recipe", recipe, "--save-every", 2)
+    train.main(["--out", str(tmp_path / "a"), "--iters", "4", *flags])
+    step, calls = train.distil_step, []
+
+    def crash(run):
+        calls.append(run.step)
+        if len(calls) == 4:
+            raise ZeroDivisionError
+        return step(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.STEPS, 2, crash)
+        with pytest.raises(ZeroDivisionError):
+            train.main(["--out", str(tmp_path / "b"), "--iters", "4", *flags])
+    train.main(["--out", str(tmp_path / "b"), "--iters", "4", *flags])
+    one, two = (tmp_path / name / f"stage2-{recipe}" for name in "ab")
+    assert largest_difference(weights(one), weights(two)) == 0 and timeless(one) == timeless(two)
+    fake = load_file(one / "fake.safetensors")  # a plain network again, for the stage after
+    assert fake.keys() == weights(one).keys()
+
+
+@pytest.mark.parametrize("recipe", ["one-forcing", "asd"])
+def test_relatives_on_two_processes_are_one(small_run, tmp_path, recipe):
+    flags = command(small_run, 2, "--recipe", recipe, "--iters", 3)
+    train.main(["--out", str(tmp_path / "a"), *flags])
+    several_processes(2, tmp_path, "--out", str(tmp_path / "b"), *flags)
+    one, two = (tmp_path / name / f"stage2-{recipe}" for name in "ab")
+    assert largest_difference(weights(one), weights(two)) < 1e-5
+    for a, b in zip(logs(one), logs(two)):
+        assert a["fake_loss"] == pytest.approx(b["fake_loss"], abs=1e-5)
+        if "d_real" in a:  # a paired loss leaves the level of both logits to rounding
+            gaps = (row["d_real"] - row["d_fake"] for row in (a, b))
+            assert next(gaps) == pytest.approx(next(gaps), abs=1e-5)
