@@ -55,20 +55,14 @@ STAGE2 = Row("stage 2", "stage2", after="stage1")
 STAGE3 = Row("stage 3", "stage3", after="stage2")
 RECIPE = [REAL, TEACHER, STAGE1, STAGE2, STAGE3]
 ON = "--init {out}/stage2 --student-start 0 --stop-spread 0"
-CONTROL = Row(
-    "control: stage 2 trained on, as many steps", "stage2-control", f"{ON} --iters 150", "stage2"
-)
+CONTROL = Row("control: stage 2 trained on, as many steps", "stage2-control", f"{ON} --iters 150",
+              "stage2")
 # a step of stage 3 takes about twice as long as one of stage 2, one without the student 1.6 times
-LONGER = Row(
-    "control: stage 2 trained on, as many minutes", "stage2-longer", f"{ON} --iters 480", "stage2"
-)
+LONGER = Row("control: stage 2 trained on, as many minutes", "stage2-longer", f"{ON} --iters 480",
+             "stage2")
 PURE2 = Row("stage 2 without anchor", "stage2-pure", "--ode-anchor 0", "stage1")
-PURE3 = Row(
-    "stage 3 from it, without anchor (the paper's form)",
-    "stage3-pure",
-    "--ode-anchor 0 --init {out}/stage2-pure",
-    "stage2-pure",
-)
+PURE3 = Row("stage 3 from it, without anchor (the paper's form)", "stage3-pure",
+            "--ode-anchor 0 --init {out}/stage2-pure", "stage2-pure")
 FROM1 = Row("stage 3 from stage 1", "stage3-from1", "--init {out}/stage1", "stage1")
 
 
@@ -96,108 +90,52 @@ def stage3(name, tag, flags):
 
 TABLES = {
     "stages": [
-        *RECIPE,
-        CONTROL,
-        LONGER,
+        *RECIPE, CONTROL, LONGER,
         Row("stage 3 at 2 passes", "stage3", after="stage3", steps=2),
         Row("stage 3 at 4 passes", "stage3", after="stage3", steps=4),
-        PURE2,
-        PURE3,
-    ],
+        PURE2, PURE3],
     "parts": [
-        *RECIPE[:4],
-        PURE2,
-        PURE3,
-        *parts(),
+        *RECIPE[:4], PURE2, PURE3, *parts(),
         Row("DMD, guidance 1.25", "stage2-guided", "--guidance 1.25", "stage1"),
-        Row(
-            "DMD, differences of frames too (weight 4)",
-            "stage2-flow",
-            "--dmd-diff-weight 4",
-            "stage1",
-        ),
-    ],
+        Row("DMD, differences of frames too (weight 4)", "stage2-flow", "--dmd-diff-weight 4",
+            "stage1")],
     "discriminators": [
-        *RECIPE,
-        PURE3,
+        *RECIPE, PURE3,
         stage3("bidirectional, a logit a frame", "framewise", "--disc-granularity frame"),
         stage3("causal, a logit a clip", "causal", "--disc-causal"),
-        stage3(
-            "causal, a logit a frame", "causal-framewise", "--disc-causal --disc-granularity frame"
-        ),
-    ],
+        stage3("causal, a logit a frame", "causal-framewise",
+               "--disc-causal --disc-granularity frame")],
     "lambda": [
-        *RECIPE,
-        PURE3,
-        *(
-            stage3(f"lambda {weight}", f"lambda{weight}", f"--r1r2-weight {weight}")
-            for weight in (0, 5, 60, 200)
-        ),
-    ],
+        *RECIPE, PURE3,
+        *(stage3(f"lambda {weight}", f"lambda{weight}", f"--r1r2-weight {weight}")
+          for weight in (0, 5, 60, 200))],
     "warmup": [*RECIPE, PURE3, FROM1],
     "noise": [
-        *RECIPE,
-        PURE3,
+        *RECIPE, PURE3,
         stage3("all levels, U[0, 1]", "noise-all", "--gan-shift 1"),
         stage3("high levels (shift 3)", "noise-high", "--gan-shift 3"),
         stage3("low levels, U[0, 0.3]", "noise-low", "--gan-shift 1 --gan-t-max 0.3"),
-        stage3("no noise", "noise-none", "--gan-t-max 0"),
-    ],
+        stage3("no noise", "noise-none", "--gan-t-max 0")],
     "backbone": [
-        *RECIPE,
-        PURE3,
-        *(
-            stage3(
-                f"backbone at {rate}" if float(rate) else "backbone frozen",
-                f"backbone{rate}",
-                f"--backbone-lr {rate}",
-            )
-            for rate in ("0", "3e-4", "1e-3")
-        ),
-    ],
+        *RECIPE, PURE3,
+        stage3("backbone frozen", "backbone0", "--backbone-lr 0"),
+        *(stage3(f"backbone at {rate}", f"backbone{rate}", f"--backbone-lr {rate}")
+          for rate in ("3e-4", "1e-3"))],
     "steps": [
-        *RECIPE,
-        PURE3,
-        *(
-            Row(
-                f"stage 2, {n} steps, no anchor",
-                f"stage2-steps{n}",
-                f"--ode-anchor 0 --iters {n + 20} --stop-spread 0",
-                "stage1",
-            )
-            for n in (50, 100, 200, 600)
-        ),
-        *(stage3(f"stage 3, {n} steps", f"steps{n}", f"--iters {n + 120}") for n in (50, 100, 400)),
-    ],
+        *RECIPE, PURE3,
+        *(Row(f"stage 2, {n} steps, no anchor", f"stage2-steps{n}",
+              f"--ode-anchor 0 --iters {n + 20} --stop-spread 0", "stage1")
+          for n in (50, 100, 200, 600)),
+        *(stage3(f"stage 3, {n} steps", f"steps{n}", f"--iters {n + 120}")
+          for n in (50, 100, 400))],
 }
-COLUMNS = {
-    "quality_error": "error",
-    "last_error": "last",
-    "energy": "energy",
-    "spread": "spread",
-    "drift": "drift",
-    "long_error": "long",
-    "ghosts": "ghosts",
-    "jitter": "jitter",
-    "displacement": "displ.",
-    "dynamic_degree": "dynamic",
-    "caption_agreement": "caption",
-    "subject_consistency": "subject",
-    "i2v_subject": "i2v subject",
-    "minutes": "minutes",
-}
-RATIOS = (
-    "quality_error",
-    "last_error",
-    "jitter",
-    "subject_consistency",
-    "i2v_subject",
-    "displacement",
-    "drift",
-    "long_error",
-    "energy",
-    "spread",
-)
+COLUMNS = {  # a score -> its heading
+    "quality_error": "error", "last_error": "last", "energy": "energy", "spread": "spread",
+    "drift": "drift", "long_error": "long", "ghosts": "ghosts", "jitter": "jitter",
+    "displacement": "displ.", "dynamic_degree": "dynamic", "caption_agreement": "caption",
+    "subject_consistency": "subject", "i2v_subject": "i2v subject", "minutes": "minutes"}
+RATIOS = ("quality_error last_error jitter subject_consistency i2v_subject displacement drift "
+          "long_error energy spread").split()
 
 
 # ---------------------------------------------------------------- one row
@@ -205,75 +143,38 @@ RATIOS = (
 
 def scores_path(out, seed, row, which):
     """Where the scores of a row are kept."""
-    return (
-        Path(out)
-        / f"seed{seed}"
-        / row.folder
-        / f"scores-{which}{f'-steps{row.steps}' if row.steps else ''}.json"
-    )
+    passes = f"-steps{row.steps}" if row.steps else ""
+    return Path(out) / f"seed{seed}" / row.folder / f"scores-{which}{passes}.json"
 
 
 def run(command, folder, threads):
     """Run one of our programs, its words to output.log. UsageError if it fails."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.log", "a") as log:
-        done = subprocess.run(
-            [sys.executable, *command],
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    require(
-        done.returncode == 0,
-        f"{' '.join(command[1:])} failed: see the end of {folder / 'output.log'}, and give the "
-        "same command again",
-    )
+        done = subprocess.run([sys.executable, *command], stdout=log,
+                              stderr=subprocess.STDOUT,
+                              env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    require(done.returncode == 0,
+            f"{' '.join(command[1:])} failed: see the end of {folder / 'output.log'}, and give the "
+            "same command again")
 
 
 def finish(row, seed, args, extra):
     """Train and score a row of one seed unless that has been done; its scores."""
-    folder, path, threads = (
-        Path(args.out) / f"seed{seed}",
-        scores_path(args.out, seed, row, args.held_out),
-        1 if args.jobs > 1 else os.cpu_count(),
-    )
+    folder = Path(args.out) / f"seed{seed}"
+    path = scores_path(args.out, seed, row, args.held_out)
+    threads = 1 if args.jobs > 1 else os.cpu_count()
     if path.is_file():
         return read_json(path)
     if row.folder != "real":
         stage, _, tag = row.folder.removeprefix("stage").partition("-")
-        run(
-            [
-                str(HERE / "train.py"),
-                "--stage",
-                stage,
-                "--out",
-                str(folder),
-                "--seed",
-                str(seed),
-                "--eval-clips",
-                "0",
-                *(["--tag", tag] if tag else []),
-                *row.flags.format(out=folder).split(),
-                *extra,
-            ],
-            folder,
-            threads,
-        )
-    run(
-        [
-            str(HERE / "experiments" / "ablations.py"),
-            "--score",
-            str(path),
-            "--clips",
-            str(args.clips),
-            "--held-out",
-            args.held_out,
-            "--steps",
-            str(row.steps),
-        ],
-        folder,
-        threads,
-    )
+        named = ["--tag", tag] if tag else []
+        run([str(HERE / "train.py"), "--stage", stage, "--out", str(folder), "--seed", str(seed),
+             "--eval-clips", "0", *named, *row.flags.format(out=folder).split(), *extra],
+            folder, threads)
+    run([str(HERE / "experiments" / "ablations.py"), "--score", str(path),
+         "--clips", str(args.clips), "--held-out", args.held_out, "--steps", str(row.steps)],
+        folder, threads)
     return read_json(path)
 
 
@@ -284,11 +185,9 @@ def score(path, number, which, steps):
     folder = path.parent
     if folder.name == "real":
         return write_json(path, evaluate.real_scores(folder.parent / "stage0", number, which=which))
+    scores = evaluate.stage_scores(folder, number, steps or None, which=which)
     minutes = read_json(folder / "metrics.json").get("minutes", 0.0)
-    write_json(
-        path,
-        {**evaluate.stage_scores(folder, number, steps or None, which=which), "minutes": minutes},
-    )
+    write_json(path, {**scores, "minutes": minutes})
 
 
 def run_seed(rows, seed, args, extra):
@@ -373,29 +272,18 @@ def flags():
     parser.add_argument("--out", default="out/table", help="folder; a folder per seed goes there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
     parser.add_argument("--clips", type=int, default=256, help="held-out clips behind every score")
-    parser.add_argument(
-        "--held-out",
-        choices=list(HELD_OUT_SETS),
-        default="report",
-        help="which of the two sets of held-out clips",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=2,
-        help="seeds trained side by side, one thread each; 1: one seed on all cores",
-    )
-    parser.add_argument(
-        "--print", action="store_true", help="train nothing, print the table of what is finished"
-    )
-    parser.add_argument(
-        "--score",
-        type=Path,
-        help="score one stage into this file; what a row does when it has been trained",
-    )
-    parser.add_argument(
-        "--steps", type=int, default=0, help="with --score: network passes a chunk; 0: as trained"
-    )
+    parser.add_argument("--held-out", choices=list(HELD_OUT_SETS), default="report",
+                        help="which of the two sets of held-out clips")
+    parser.add_argument("--jobs", type=int, default=2,
+                        help="seeds trained side by side, one thread each; 1: one seed on all "
+                             "cores")
+    parser.add_argument("--print", action="store_true",
+                        help="train nothing, print the table of what is finished")
+    parser.add_argument("--score", type=Path,
+                        help="score one stage into this file; what a row does when it has been "
+                             "trained")
+    parser.add_argument("--steps", type=int, default=0,
+                        help="with --score: network passes a chunk; 0: as trained")
     return parser
 
 
@@ -414,13 +302,8 @@ def main(argv=None):
     scores = collect(rows, args)
     require(scores, f"nothing finished in {args.out}: run this command without --print")
     print(table(scores))
-    for a, b in (
-        (STAGE2, STAGE1),
-        (STAGE3, CONTROL),
-        (STAGE3, LONGER),
-        (PURE3, PURE2),
-        (FROM1, STAGE3),
-    ):
+    for a, b in ((STAGE2, STAGE1), (STAGE3, CONTROL), (STAGE3, LONGER), (PURE3, PURE2),
+                 (FROM1, STAGE3)):
         words = ratios(scores, a.name, b.name)
         if words:
             print(words)

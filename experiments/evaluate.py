@@ -29,17 +29,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import (
-    COLOURS,
-    HELD_OUT_SETS,
-    KINDS,
-    Draws,
-    PatchCodec,
-    ToyWorld,
-    WordEncoder,
-    dataset,
-    held_out_ids,
-)
+from data import (COLOURS, HELD_OUT_SETS, KINDS, Draws, PatchCodec, ToyWorld, WordEncoder, dataset,
+                  held_out_ids)
 from sample import generate, load_stage
 from utils.errors import UsageError, friendly_errors, require
 from utils.files import read_json, write_json
@@ -50,11 +41,9 @@ BROKEN = 0.25  # a frame with a larger error shows no object
 LAG = 4  # frames over which displacement is measured
 WORLD = ("data", "size", "turns", "frames", "codec_patch", "in_dim")  # what real clips depend on
 GHOST = 0.1  # a clip with a frame of a larger error is counted as a ghost
-IMAGES, SEEDS, FUTURES = (
-    64,
-    16,
-    256,
-)  # images whose futures are compared, clips of each, futures of the world for each
+IMAGES = 64  # whose futures are compared
+SEEDS = 16  # clips of each
+FUTURES = 256  # of the world, for each
 
 
 # ---------------------------------------------------------------- where is the object?
@@ -81,10 +70,8 @@ def locate(world, state, video):
     background, colour = world.layers(state)
     contrast = colour - background  # (b, 3, H, W)
     rest = video - background[:, None]
-    match, power = (
-        (rest * contrast[:, None]).sum(2),
-        contrast.square().sum(1),
-    )  # (b, f, H, W), (b, H, W)
+    match = (rest * contrast[:, None]).sum(2)  # (b, f, H, W)
+    power = contrast.square().sum(1)  # (b, H, W)
     position = torch.zeros(b, f, 2)
     for kind in range(len(KINDS)):
         rows = (state["kind"] == kind).nonzero()[:, 0]
@@ -95,12 +82,17 @@ def locate(world, state, video):
         for i, frames in enumerate(match[rows].flatten(2)):
             cost = (prior[i] - 2 * frames @ cover.T).view(f, side, side)  # relative to "no object"
             position[rows[i]] = refine(cost, centres)
-    cover = world.coverage(state["kind"].repeat_interleave(f), position.flatten(0, 1)).unflatten(
-        0, (b, f)
-    )
+    cover = drawn(world, state, position)
     energy = (power[:, None] * cover.square()).sum((2, 3))
     error = rest.square().sum((2, 3, 4)) - 2 * (match * cover).sum((2, 3)) + energy
     return (error / energy).clamp_min(0), position
+
+
+def drawn(world, state, position):
+    """The silhouettes of the clips' shapes at `position` (b, f, 2): (b, f, H, W)."""
+    b, f = position.shape[:2]
+    kind = state["kind"].repeat_interleave(f)
+    return world.coverage(kind, position.flatten(0, 1)).unflatten(0, (b, f))
 
 
 def refine(cost, centres):
@@ -111,18 +103,16 @@ def refine(cost, centres):
 
     def offset(low, mid, high):
         bend = low - 2 * mid + high
-        return torch.where(
-            bend > 0, (low - high) / (2 * bend.clamp_min(1e-12)), torch.zeros_like(mid)
-        ).clamp(-0.5, 0.5)
+        shift = (low - high) / (2 * bend.clamp_min(1e-12))
+        return torch.where(bend > 0, shift, torch.zeros_like(mid)).clamp(-0.5, 0.5)
 
     def inside(i):
         return (i > 0) & (i < side - 1)
-    dx = offset(
-        cost[n, y, (x - 1).clamp_min(0)], cost[n, y, x], cost[n, y, (x + 1).clamp_max(side - 1)]
-    ) * inside(x)
-    dy = offset(
-        cost[n, (y - 1).clamp_min(0), x], cost[n, y, x], cost[n, (y + 1).clamp_max(side - 1), x]
-    ) * inside(y)
+
+    left, right = (x - 1).clamp_min(0), (x + 1).clamp_max(side - 1)
+    above, below = (y - 1).clamp_min(0), (y + 1).clamp_max(side - 1)
+    dx = offset(cost[n, y, left], cost[n, y, x], cost[n, y, right]) * inside(x)
+    dy = offset(cost[n, above, x], cost[n, y, x], cost[n, below, x]) * inside(y)
     step = float(centres[1, 0] - centres[0, 0])
     return centres[best] + torch.stack([dx, dy], 1) * step
 
@@ -146,21 +136,17 @@ def crops(world, video, position):
     """The object and what is around it, cut out around `position`: (b, f, 3, k, k)."""
     k, (b, f) = 2 * int(world.radius) + 3, video.shape[:2]
     ticks = torch.arange(k) - (k - 1) / 2
-    grid = (
-        torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1)
-        + position.flatten(0, 1)[:, None, None]
-    )
-    cut = F.grid_sample(
-        video.flatten(0, 1), grid * 2 / world.size - 1, align_corners=False, padding_mode="border"
-    )
+    around = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1)
+    grid = around + position.flatten(0, 1)[:, None, None]
+    cut = F.grid_sample(video.flatten(0, 1), grid * 2 / world.size - 1, align_corners=False,
+                        padding_mode="border")
     return cut.unflatten(0, (b, f))
 
 
 def silhouettes(world, kind):
     """The object's mask (b, 1, 1, k, k) in what crops() cuts out."""
-    centre = torch.full(
-        (len(kind), 1, 2), world.size // 2 - 0.5
-    )  # of a pixel, so that nothing is interpolated
+    # the centre of a pixel, so that nothing is interpolated
+    centre = torch.full((len(kind), 1, 2), world.size // 2 - 0.5)
     return crops(world, world.coverage(kind, centre[:, 0])[:, None, None], centre)
 
 
@@ -189,41 +175,41 @@ def exact_scores(world, state, video, first=1, chunk=3):
     background, colour = world.layers(state)
     contrast = (colour - background).square().mean((1, 2, 3))[:, None]
     cut, silhouette = crops(world, video, position), silhouettes(world, state["kind"])
-
-    cover = world.coverage(
-        state["kind"].repeat_interleave(video.shape[1]), position.flatten(0, 1)
-    ).view(*error.shape, 1, *video.shape[3:])
+    cover = drawn(world, state, position)[:, :, None]
     bare = (F.max_pool2d(cover.flatten(0, 1), 3, 1, 1).view_as(cover) < 0.01).float()
+
     def differ(a, b, mask=silhouette):
         return ((a - b).square() * mask).sum((2, 3, 4)) / (mask.sum((2, 3, 4)) * 3 * contrast)
 
     def differ_bg(a, b):
         return differ(a, b, bare)
+
+    def motion(lag):
+        ours, real = moved(position, found, lag), moved(truth, always, lag)
+        return ours.mean().item() / real.mean().item()
+
+    made = slice(first, None)
+    still = video[:, made].median(1, keepdim=True).values  # a made clip's own background
     kind, tint = recognise(world, state, video[:, -1])
     step = position[:, min(3, video.shape[1] - 1)] - position[:, 0]
     heading = (step @ world.directions.T).argmax(1)
     agree = (kind == state["kind"]) & (tint == state["colour"]) & found[:, -1]
     agree &= heading == state["direction"]
-    made = slice(first, None)
     bend = (position[:, 2:] - 2 * position[:, 1:-1] + position[:, :-2]).norm(dim=-1)
     return {
         "quality_error": error[:, made].mean().item(),
-        "first_error": error[:, first : first + chunk].mean().item(),
+        "first_error": error[:, first:first + chunk].mean().item(),
         "last_error": error[:, -chunk:].mean().item(),
-        "error_growth": (error[:, -chunk:] - error[:, first : first + chunk]).mean().item(),
-        "dynamic_degree": moved(position, found, 1).mean().item()
-        / moved(truth, always, 1).mean().item(),
-        "displacement": moved(position, found, LAG).mean().item()
-        / moved(truth, always, LAG).mean().item(),
+        "error_growth": (error[:, -chunk:] - error[:, first:first + chunk]).mean().item(),
+        "dynamic_degree": motion(1),
+        "displacement": motion(LAG),
         "jitter": bend.mean().item(),
         "ghosts": (error[:, made].amax(1) > GHOST).float().mean().item(),
         "caption_agreement": agree.float().mean().item(),
         "imaging_quality": percent(error[:, made]),
         "motion_smoothness": percent(bend / world.radius),
         "subject_consistency": percent(differ(cut[:, made], cut[:, made].mean(1, keepdim=True))),
-        "background_consistency": percent(
-            differ_bg(video, video[:, made].median(1, keepdim=True).values)[:, made]
-        ),
+        "background_consistency": percent(differ_bg(video, still)[:, made]),
         "i2v_subject": percent(differ(cut, cut[:, :1])[:, made]),
         "i2v_background": percent(differ_bg(video, background[:, None])[:, made]),
     }
@@ -234,10 +220,9 @@ def drift(quality, segments=8):
     length as can be, averaged over videos (paper, sec. 5).
 
     quality: (b, f), 0-100."""
-    parts = torch.stack(
-        [part.mean(1) for part in quality.tensor_split(min(segments, quality.shape[1]), 1)], 1
-    )
-    return parts.std(1, unbiased=False).mean().item()
+    parts = quality.tensor_split(min(segments, quality.shape[1]), 1)
+    means = torch.stack([part.mean(1) for part in parts], 1)
+    return means.std(1, unbiased=False).mean().item()
 
 
 def energy_distance(ours, theirs):
@@ -252,9 +237,8 @@ def energy_distance(ours, theirs):
         n = x.shape[1]
         return torch.cdist(x, x).sum((1, 2)) / (n * (n - 1))
 
-    return (2 * torch.cdist(ours, theirs).mean((1, 2)) - among(ours) - among(theirs)) / among(
-        theirs
-    )
+    between = torch.cdist(ours, theirs).mean((1, 2))
+    return (2 * between - among(ours) - among(theirs)) / among(theirs)
 
 
 def chunk_ends(frames, first, chunk):
@@ -288,12 +272,11 @@ def general_scores(video, real, first=1):
 
     def change(v):
         return (v[:, lag:] - v[:, :-lag]).abs().mean().item()
+
+    likeness = F.cosine_similarity(low(video), low(video[:, :1]), dim=2)[:, first:]
     bend = (video[:, 2:] - 2 * video[:, 1:-1] + video[:, :-2]).abs().mean() / 2
     return {
-        "i2v_fidelity": 100
-        * F.cosine_similarity(low(video), low(video[:, :1]), dim=2)[:, first:]
-        .mean()
-        .item(),
+        "i2v_fidelity": 100 * likeness.mean().item(),
         "dynamic_degree": change(video) / max(change(real), 1e-9),
         "motion_smoothness": 100 * (1 - bend.clamp(max=1)).item(),
     }
@@ -302,9 +285,9 @@ def general_scores(video, real, first=1):
 def sharpness(video):
     """Edge energy of every frame relative to the clip's first: (b, f), 100 = as sharp as the
     image."""
-    edges = (video[..., 1:] - video[..., :-1]).square().mean((2, 3, 4)) + (
-        video[..., 1:, :] - video[..., :-1, :]
-    ).square().mean((2, 3, 4))
+    across = (video[..., 1:] - video[..., :-1]).square().mean((2, 3, 4))
+    down = (video[..., 1:, :] - video[..., :-1, :]).square().mean((2, 3, 4))
+    edges = across + down
     return 100 * (edges / edges[:, :1].clamp_min(1e-9)).clamp(max=2)
 
 
@@ -319,25 +302,15 @@ def make(net, codec, settings, clips, frames, steps, seed=0, at_once=64):
     cfg = SimpleNamespace(**(settings if net else {**settings, "frames": frames}))
     data, words, made, raws = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim), [], []
     clips = list(clips)
+    bfloat16 = settings["dtype"] == "bfloat16" and has_bfloat16("cpu")
     for i in range(0, len(clips), at_once):
-        part = clips[i : i + at_once]
+        part = clips[i:i + at_once]
         raw, draws = data.batch(part), Draws(part, "evaluate", seed)
         x = codec.encode(raw["video"])
         if net is not None:
-            with torch.autocast(
-                "cpu",
-                torch.bfloat16,
-                enabled=settings["dtype"] == "bfloat16" and has_bfloat16("cpu"),
-            ):
-                x = generate(
-                    net,
-                    settings,
-                    x[:, : cfg.first],
-                    words.encode(raw["text"]),
-                    lambda n: draws.randn(n, *x.shape[2:]),
-                    frames,
-                    steps,
-                )
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                x = generate(net, settings, x[:, :cfg.first], words.encode(raw["text"]),
+                             lambda n: draws.randn(n, *x.shape[2:]), frames, steps)
         made.append(codec.decode(x))
         raws.append(raw)
     return torch.cat(made), raws, data
@@ -366,26 +339,19 @@ def scores_of(net, codec, settings, number=256, steps=None, long=True, which="se
     """Scores on `number` held-out clips. With `long`, also those of rollouts 4 times as long, of a
     quarter of the clips, and of the futures of IMAGES images. net None: of the real clips, through
     the codec."""
-    clips, frames, first, chunk = (
-        held_out_ids(number, which),
-        settings["frames"],
-        settings["first"],
-        settings["chunk"],
-    )
+    clips = held_out_ids(number, which)
+    frames, first, chunk = (settings[name] for name in ("frames", "first", "chunk"))
     video, raws, data = make(net, codec, settings, clips, frames, steps)
-    toy = (
-        isinstance(data, ToyWorld) and first > 0
-    )  # without an image the background of the clip is unknown
+    # without an image the background of the clip is unknown
+    toy = isinstance(data, ToyWorld) and first > 0
     scores = {"clips": number, "held_out": which}
     if toy:
         scores |= exact_scores(data, states(raws), video, first, chunk)
     else:
         scores |= general_scores(video, torch.cat([raw["video"] for raw in raws]), first)
     if long and (toy if net is None else settings["stage"]):
-        few = max(1, number // 4)
-        video, raws, _ = make(
-            net, codec, settings, clips[:few], first + 4 * (frames - first), steps
-        )
+        few, length = clips[:max(1, number // 4)], first + 4 * (frames - first)
+        video, raws, _ = make(net, codec, settings, few, length, steps)
         if toy:
             error = locate(data, states(raws), video)[0][:, first:]
             scores["long_error"] = error.mean().item()
@@ -396,27 +362,20 @@ def scores_of(net, codec, settings, number=256, steps=None, long=True, which="se
         scores["long_quality"] = quality.mean().item()
     if long and toy:
         images, ends = held_out_ids(IMAGES, which), chunk_ends(frames, first, chunk)
+        ours = future_paths(net, codec, settings, images, steps)
         theirs = data.futures(images, FUTURES, frames)
-        scores |= future_scores(
-            future_paths(net, codec, settings, images, steps)[:, :, ends], theirs[:, :, ends]
-        )
+        scores |= future_scores(ours[:, :, ends], theirs[:, :, ends])
     return scores
 
 
 def stage_scores(folder, number=256, steps=None, long=True, which="search"):
     """Scores of a stage's EMA weights, see scores_of()."""
     net, codec, settings = load_stage(folder)
-    require(
-        codec,
-        f"{folder} was trained on latents, which have no scores here: look at what sample.py makes "
-        "of it",
-    )
+    require(codec, f"{folder} was trained on latents, which have no scores here: look at what "
+            "sample.py makes of it")
     steps_used = steps or settings["student_steps" if settings["stage"] else "ode_steps"]
-    return {
-        "stage": settings["stage"],
-        "steps": steps_used,
-        **scores_of(net, codec, settings, number, steps, long, which),
-    }
+    return {"stage": settings["stage"], "steps": steps_used,
+            **scores_of(net, codec, settings, number, steps, long, which)}
 
 
 def real_scores(folder, number=256, long=True, which="search"):
@@ -430,52 +389,27 @@ def real_scores(folder, number=256, long=True, which="search"):
 def folder_scores(folder, size=32, turns=0.2):
     """Scores of video files named by the number of the held-out toy clip that they continue: 0.mp4,
     17.gif, ..."""
-    paths = sorted(
-        p
-        for p in Path(folder).iterdir()
-        if p.suffix.lower() in VIDEO_ENDINGS and p.stem.isdecimal()
-    )
-    require(
-        paths,
-        f"{folder} holds neither a finished stage nor videos named by clip number (0.mp4, 1.mp4, "
-        "...)",
-    )
+    paths = sorted(p for p in Path(folder).iterdir()
+                   if p.suffix.lower() in VIDEO_ENDINGS and p.stem.isdecimal())
+    require(paths, f"{folder} holds neither a finished stage nor videos named by clip number "
+            "(0.mp4, 1.mp4, ...)")
     videos = [read_video(p, size) for p in paths]
     frames, shortest = min((len(video), path) for video, path in zip(videos, paths))
     require(frames >= 3, f"{shortest} has {frames} frames: a clip to score has 3 or more")
     world = ToyWorld(size, frames, turns)
     state = world.state([held_out_ids(1)[0] + int(p.stem) for p in paths])
-    return {
-        "stage": Path(folder).name,
-        "clips": len(paths),
-        **exact_scores(world, state, torch.stack([v[:frames] for v in videos]).float() / 127.5 - 1),
-    }
+    clips = torch.stack([v[:frames] for v in videos]).float() / 127.5 - 1
+    return {"stage": Path(folder).name, "clips": len(paths), **exact_scores(world, state, clips)}
 
 
-COLUMNS = {
-    "stage": "stage",
-    "steps": "steps",
-    "quality_error": "error",
-    "last_error": "last",
-    "error_growth": "growth",
-    "energy": "energy",
-    "spread": "spread",
-    "drift": "drift",
-    "long_error": "long",
-    "ghosts": "ghosts",
-    "dynamic_degree": "dynamic",
-    "displacement": "displ.",
-    "jitter": "jitter",
-    "caption_agreement": "caption",
-    "subject_consistency": "subject",
-    "background_consistency": "backgr.",
-    "i2v_subject": "i2v subj.",
-    "i2v_background": "i2v backgr.",
-    "motion_smoothness": "smooth",
-    "imaging_quality": "imaging",
-    "i2v_fidelity": "i2v",
-    "minutes": "minutes",
-}
+COLUMNS = {  # a score -> its heading
+    "stage": "stage", "steps": "steps", "quality_error": "error", "last_error": "last",
+    "error_growth": "growth", "energy": "energy", "spread": "spread", "drift": "drift",
+    "long_error": "long", "ghosts": "ghosts", "dynamic_degree": "dynamic",
+    "displacement": "displ.", "jitter": "jitter", "caption_agreement": "caption",
+    "subject_consistency": "subject", "background_consistency": "backgr.",
+    "i2v_subject": "i2v subj.", "i2v_background": "i2v backgr.", "motion_smoothness": "smooth",
+    "imaging_quality": "imaging", "i2v_fidelity": "i2v", "minutes": "minutes"}
 
 
 def cell(value):
@@ -518,30 +452,20 @@ def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("folders", nargs="+", help="stages of a run, or folders of videos")
     parser.add_argument("--clips", type=int, default=256, help="held-out clips")
-    parser.add_argument(
-        "--held-out",
-        choices=list(HELD_OUT_SETS),
-        default="search",
-        help="which of the two sets of held-out clips: one to choose settings by, one for tables",
-    )
+    parser.add_argument("--held-out", choices=list(HELD_OUT_SETS), default="search",
+                        help="which of the two sets of held-out clips: one to choose settings by, "
+                             "one for tables")
     parser.add_argument("--steps", type=int, help="network passes per chunk; default: as trained")
-    parser.add_argument(
-        "--no-long",
-        action="store_true",
-        help="leave out the 4 times longer rollout (drift, long error) and the futures (energy, "
-        "spread)",
-    )
+    parser.add_argument("--no-long", action="store_true",
+                        help="leave out the 4 times longer rollout (drift, long error) and the "
+                             "futures (energy, spread)")
     args = parser.parse_args(argv)
-    require(
-        args.clips >= 1 and (args.steps is None or args.steps >= 1),
-        "--clips and --steps must be positive",
-    )
+    require(args.clips >= 1 and (args.steps is None or args.steps >= 1),
+            "--clips and --steps must be positive")
     rows = []
     for folder in map(Path, args.folders):
-        require(
-            folder.is_dir(),
-            f"{folder} is not a folder: name a stage such as out/toy/stage3, or a folder of videos",
-        )
+        require(folder.is_dir(), f"{folder} is not a folder: name a stage such as out/toy/stage3, "
+                "or a folder of videos")
         if not (folder / "config.json").is_file():
             rows.append(folder_scores(folder))
             continue
@@ -583,8 +507,7 @@ def finish_stage(stage, folder, clips, minutes):
             raise UsageError(
                 f"stage {stage} is trained, but scoring it failed ({reason}): python "
                 f"experiments/evaluate.py {folder} shows where; the same command with "
-                "--eval-clips 0 goes on without"
-            ) from error
+                "--eval-clips 0 goes on without") from error
     write_json(folder / "metrics.json", {**scores, "minutes": minutes})
 
 
