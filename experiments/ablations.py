@@ -18,12 +18,14 @@ was stopped.
     noise           the levels at which the discriminator looks
     backbone        its backbone's learning rate
     steps           how long stages 2 and 3 are trained
+    family          AAD-1's relatives at 1, 2 and 4 passes, also with 4 passes for the first chunk
 """
 
 import os
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
+import torch
+
 from data import HELD_OUT_SETS
+from sample import generate_chunks, load_stage
 from utils.errors import UsageError, friendly_errors, require
 from utils.files import read_json, write_json
 from utils.settings import Parser
@@ -45,7 +50,7 @@ class Row:
     folder: str  # stageN or stageN-TAG, or "real"
     flags: str = ""  # of train.py, beside --stage and --tag; {out} is the folder of the seed
     after: str = ""  # the row's folder that must be finished before this one starts
-    steps: int = 0  # network passes a chunk at scoring; 0: as trained
+    steps: tuple = ()  # network passes a chunk at scoring; (): as trained
 
 
 REAL = Row("real clips through the codec", "real")
@@ -88,11 +93,40 @@ def stage3(name, tag, flags):
     return Row(name, f"stage3-{tag}", flags, "stage2")
 
 
+def relative(recipe, *passes, stage=2, after="stage1", tag="", flags="", name=""):
+    """A relative of AAD-1 as it was trained, and at other numbers of passes."""
+    folder = f"stage{stage}-{tag or recipe}"
+    flags, name = f"--recipe {recipe} {flags}", name or recipe
+    return [Row(name if not steps else f"{name}, {' '.join(map(str, steps))} passes", folder, flags,
+                after, steps) for steps in ((), *passes)]
+
+
+FIRST = (4, 1), (4, 2)  # First-Frame Enhancement
+CAUSAL = "stage1-causal-teacher"
+STARTS = [  # the rows of the family that others start from
+    Row("causal teacher", "stage0-causal-teacher", "--recipe causal-teacher", "stage0"),
+    Row("stage 1, causal teacher", CAUSAL, "--recipe causal-teacher", "stage0-causal-teacher"),
+]
+FAMILY = [
+    *RECIPE, *STARTS,
+    Row("stage 1, consistency", "stage1-consistency", "--recipe consistency", "stage0"),
+    PURE2, Row("stage 2 without anchor, 4 1 passes", "stage2-pure", "--ode-anchor 0", "stage1",
+               (4, 1)),
+    *relative("self-forcing", (1,), (2,), *FIRST), *relative("causvid", (1,), (2,), *FIRST),
+    *relative("one-forcing", (4, 1)),
+    *relative("one-forcing", (4, 1), after=CAUSAL, tag="one-forcing-causal",
+              flags=f"--init {{out}}/{CAUSAL}", name="one-forcing, causal start"),
+    *relative("one-forcing", (4, 1), tag="one-forcing-frame", flags="--chunk 1 --grad-chunks 7",
+              name="one-forcing, frame by frame"),
+    *relative("asd", (1,), (2,), *FIRST), *relative("diagonal", (1,)),
+    *relative("no-context", name="no context pass, stage 2"),
+    *relative("no-context", stage=3, after="stage2-no-context", name="no context pass, stage 3"),
+]
 TABLES = {
     "stages": [
         *RECIPE, CONTROL, LONGER,
-        Row("stage 3 at 2 passes", "stage3", after="stage3", steps=2),
-        Row("stage 3 at 4 passes", "stage3", after="stage3", steps=4),
+        Row("stage 3 at 2 passes", "stage3", after="stage3", steps=(2,)),
+        Row("stage 3 at 4 passes", "stage3", after="stage3", steps=(4,)),
         PURE2, PURE3],
     "parts": [
         *RECIPE[:4], PURE2, PURE3, *parts(),
@@ -128,12 +162,14 @@ TABLES = {
           for n in (50, 100, 200, 600)),
         *(stage3(f"stage 3, {n} steps", f"steps{n}", f"--iters {n + 120}")
           for n in (50, 100, 400))],
+    "family": FAMILY,
 }
 COLUMNS = {  # a score -> its heading
     "quality_error": "error", "last_error": "last", "energy": "energy", "spread": "spread",
     "drift": "drift", "long_error": "long", "ghosts": "ghosts", "jitter": "jitter",
     "displacement": "displ.", "dynamic_degree": "dynamic", "caption_agreement": "caption",
-    "subject_consistency": "subject", "i2v_subject": "i2v subject", "minutes": "minutes"}
+    "subject_consistency": "subject", "i2v_subject": "i2v subject", "minutes": "minutes",
+    "passes": "passes a chunk", "rate": "frames/s"}
 RATIOS = ("quality_error last_error jitter subject_consistency i2v_subject displacement drift "
           "long_error energy spread").split()
 
@@ -143,7 +179,7 @@ RATIOS = ("quality_error last_error jitter subject_consistency i2v_subject displ
 
 def scores_path(out, seed, row, which):
     """Where the scores of a row are kept."""
-    passes = f"-steps{row.steps}" if row.steps else ""
+    passes = "-steps" + "-".join(map(str, row.steps)) if row.steps else ""
     return Path(out) / f"seed{seed}" / row.folder / f"scores-{which}{passes}.json"
 
 
@@ -173,7 +209,7 @@ def finish(row, seed, args, extra):
              "--eval-clips", "0", *named, *row.flags.format(out=folder).split(), *extra],
             folder, threads)
     run([str(HERE / "experiments" / "ablations.py"), "--score", str(path),
-         "--clips", str(args.clips), "--held-out", args.held_out, "--steps", str(row.steps)],
+         "--clips", str(args.clips), "--held-out", args.held_out, "--steps", *map(str, row.steps)],
         folder, threads)
     return read_json(path)
 
@@ -185,7 +221,8 @@ def score(path, number, which, steps):
     folder = path.parent
     if folder.name == "real":
         return write_json(path, evaluate.real_scores(folder.parent / "stage0", number, which=which))
-    scores = evaluate.stage_scores(folder, number, steps or None, which=which)
+    steps = steps[0] if len(steps) == 1 else steps or None
+    scores = evaluate.stage_scores(folder, number, steps, which=which)
     minutes = read_json(folder / "metrics.json").get("minutes", 0.0)
     write_json(path, {**scores, "minutes": minutes})
 
@@ -226,6 +263,34 @@ def collect(rows, args):
             columns = {name: [f[name] for f in found.values() if name in f] for name in COLUMNS}
             scores[row.name] = {**columns, "seeds": list(found)}
     return scores
+
+
+@torch.no_grad()
+def add_rates(rows, scores, args, frames=61, turns=3):
+    """Add to the scores of every row that streams: network passes a chunk, the context pass
+    included, and frames a second of one core's time. The streams take turns, and of their times
+    the median counts, for a host is never quiet for long."""
+    torch.set_num_threads(1)
+    players, times = {}, {}
+    for row in rows:
+        folder = Path(args.out) / f"seed{args.seeds[0]}" / row.folder
+        if row.name in scores and (folder / "ema.safetensors").is_file():
+            net, _, settings = load_stage(folder)
+            if settings["stage"] > 0:
+                steps = list(row.steps or settings["student_steps"])
+                players[row.name] = net, settings, steps
+                context = settings["context_level"] >= 0
+                scores[row.name]["passes"] = [steps[-1] + context]
+    for name, (net, settings, steps) in [*players.items()] * turns:
+        side = settings["size"] // settings["codec_patch"]
+        shape, text = (settings["in_dim"], side, side), torch.zeros(1, 1, settings["text_dim"])
+        began = time.process_time()
+        for _ in generate_chunks(net, settings, torch.zeros(1, settings["first"], *shape), text,
+                                 lambda n, shape=shape: torch.randn(1, n, *shape), frames, steps):
+            pass
+        times.setdefault(name, []).append(time.process_time() - began)
+    for name, seconds in times.items():
+        scores[name]["rate"] = [frames / statistics.median(seconds)]
 
 
 def cell(values):
@@ -282,8 +347,8 @@ def flags():
     parser.add_argument("--score", type=Path,
                         help="score one stage into this file; what a row does when it has been "
                              "trained")
-    parser.add_argument("--steps", type=int, default=0,
-                        help="with --score: network passes a chunk; 0: as trained")
+    parser.add_argument("--steps", type=int, nargs="*", default=[],
+                        help="with --score: network passes a chunk; none: as trained")
     return parser
 
 
@@ -301,6 +366,8 @@ def main(argv=None):
             list(pool.map(lambda seed: run_seed(rows, seed, args, extra), args.seeds))
     scores = collect(rows, args)
     require(scores, f"nothing finished in {args.out}: run this command without --print")
+    if args.table == "family":
+        add_rates(rows, scores, args)
     print(table(scores))
     for a, b in ((STAGE2, STAGE1), (STAGE3, CONTROL), (STAGE3, LONGER), (PURE3, PURE2),
                  (FROM1, STAGE3)):

@@ -35,7 +35,7 @@ from sample import generate, load_stage
 from utils.errors import UsageError, friendly_errors, require
 from utils.files import read_json, write_json
 from utils.media import VIDEO_ENDINGS, read_video
-from utils.settings import Parser, has_bfloat16
+from utils.settings import Parser, as_words, has_bfloat16
 
 BROKEN = 0.25  # a frame with a larger error shows no object
 LAG = 4  # frames over which displacement is measured
@@ -340,13 +340,14 @@ def scores_of(net, codec, settings, number=256, steps=None, long=True, which="se
     quarter of the clips, and of the futures of IMAGES images. net None: of the real clips, through
     the codec."""
     clips = held_out_ids(number, which)
-    frames, first, chunk = (settings[name] for name in ("frames", "first", "chunk"))
+    frames, first = settings["frames"], settings["first"]
+    third = max(1, (frames - first) // 3)  # the toy's chunk; the same for students of other chunks
     video, raws, data = make(net, codec, settings, clips, frames, steps)
     # without an image the background of the clip is unknown
     toy = isinstance(data, ToyWorld) and first > 0
     scores = {"clips": number, "held_out": which}
     if toy:
-        scores |= exact_scores(data, states(raws), video, first, chunk)
+        scores |= exact_scores(data, states(raws), video, first, third)
     else:
         scores |= general_scores(video, torch.cat([raw["video"] for raw in raws]), first)
     if long and (toy if net is None else settings["stage"]):
@@ -361,7 +362,7 @@ def scores_of(net, codec, settings, number=256, steps=None, long=True, which="se
         scores["drift"] = drift(quality)
         scores["long_quality"] = quality.mean().item()
     if long and toy:
-        images, ends = held_out_ids(IMAGES, which), chunk_ends(frames, first, chunk)
+        images, ends = held_out_ids(IMAGES, which), chunk_ends(frames, first, third)
         ours = future_paths(net, codec, settings, images, steps)
         theirs = data.futures(images, FUTURES, frames)
         scores |= future_scores(ours[:, :, ends], theirs[:, :, ends])
@@ -369,12 +370,13 @@ def scores_of(net, codec, settings, number=256, steps=None, long=True, which="se
 
 
 def stage_scores(folder, number=256, steps=None, long=True, which="search"):
-    """Scores of a stage's EMA weights, see scores_of()."""
+    """Scores of a stage's EMA weights, see scores_of(). steps: passes per chunk, also a list."""
     net, codec, settings = load_stage(folder)
     require(codec, f"{folder} was trained on latents, which have no scores here: look at what "
             "sample.py makes of it")
-    steps_used = steps or settings["student_steps" if settings["stage"] else "ode_steps"]
-    return {"stage": settings["stage"], "steps": steps_used,
+    used = steps or settings["student_steps" if settings["stage"] else "ode_steps"]
+    used = as_words(tuple(used)) if isinstance(used, (list, tuple)) else str(used)
+    return {"stage": settings["stage"], "steps": used,
             **scores_of(net, codec, settings, number, steps, long, which)}
 
 
@@ -433,10 +435,11 @@ def summary(out):
     """What the recipe ends with: a row for real clips, every stage and the control, if it was
     trained; and where the pictures are."""
     rows = []
-    for name in ("real", "stage0", "stage1", "stage2", "stage2-control", "stage3"):
-        path = Path(out) / name / "metrics.json"
-        if path.is_file():
-            rows.append({**read_json(path), "stage": name.removeprefix("stage")})
+    folders = sorted(path.parent for path in Path(out).glob("stage[0-3]*/metrics.json"))
+    for folder in (Path(out) / "real", *folders):
+        if (folder / "metrics.json").is_file():
+            row = read_json(folder / "metrics.json")
+            rows.append({**row, "stage": folder.name.removeprefix("stage")})
     columns = ("stage quality_error last_error energy spread drift long_error ghosts jitter "
                "displacement caption_agreement i2v_fidelity motion_smoothness minutes").split()
     print("\n" + table(rows, columns))
@@ -455,13 +458,14 @@ def main(argv=None):
     parser.add_argument("--held-out", choices=list(HELD_OUT_SETS), default="search",
                         help="which of the two sets of held-out clips: one to choose settings by, "
                              "one for tables")
-    parser.add_argument("--steps", type=int, help="network passes per chunk; default: as trained")
+    parser.add_argument("--steps", type=int, nargs="+", help="network passes per chunk, several "
+                        "numbers for the first chunks and the rest; default: as trained")
     parser.add_argument("--no-long", action="store_true",
                         help="leave out the 4 times longer rollout (drift, long error) and the "
                              "futures (energy, spread)")
     args = parser.parse_args(argv)
-    require(args.clips >= 1 and (args.steps is None or args.steps >= 1),
-            "--clips and --steps must be positive")
+    require(min(args.clips, *(args.steps or [1])) >= 1, "--clips and --steps must be positive")
+    steps = args.steps[0] if args.steps and len(args.steps) == 1 else args.steps
     rows = []
     for folder in map(Path, args.folders):
         require(folder.is_dir(), f"{folder} is not a folder: name a stage such as out/toy/stage3, "
@@ -469,7 +473,7 @@ def main(argv=None):
         if not (folder / "config.json").is_file():
             rows.append(folder_scores(folder))
             continue
-        scores = stage_scores(folder, args.clips, args.steps, not args.no_long, args.held_out)
+        scores = stage_scores(folder, args.clips, steps, not args.no_long, args.held_out)
         rows.append(scores)
         if rows[0]["stage"] != "real":
             rows.insert(0, real_row(folder, args.clips, args.held_out))

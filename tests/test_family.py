@@ -238,8 +238,8 @@ def test_heads_on_a_frozen_backbone(monkeypatch):
     """The logit moves the heads alone, the flow the backbone alone, and the student's term passes
     through the features to the clip."""
     run = at_work(2, "--recipe", "asd", "--disc-weight", 1)
-    net, (x, t, text) = run.nets["fake"], (next(run.batches("roll")).x0, None, None)
-    batch = next(run.batches("roll"))
+    net, batch = run.nets["fake"], next(run.batches("roll"))
+    x = batch.x0
     t = L.make_timesteps(0.5, x, 1)
     logits, _ = train.discriminate(run, x, batch.text, t, 0)
     logits.sum().backward()
