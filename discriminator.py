@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from einops import rearrange
 
-from model import attention, block_causal_mask
+from model import attention, stream_mask
 
 
 class QueryHead(nn.Module):
@@ -67,7 +67,7 @@ class Discriminator(nn.Module):
         cfg, f = self.backbone.cfg, x_t.shape[1]
         mask = None
         if self.causal:
-            mask = block_causal_mask(f, cfg.first, cfg.chunk, cfg.window + cfg.chunk, cfg.sink)
+            mask = stream_mask(cfg, f)
         flow, features = self.backbone(x_t, t, text, mask=mask, feature_layers=self.layers)
         if detach:
             features = [tokens.detach() for tokens in features]

@@ -95,10 +95,13 @@ def states_at(path, point):
 
 def on_clean_context(velocity, clean, mask):
     """A network whose chunks see the clean chunks before them, and themselves as they are, in one
-    pass over [clean | x_t] (teacher forcing): callable (x_t, t, text) -> flow.
+    pass over [clean | x_t] (teacher forcing): callable (x_t, t, text) -> flow. Such a pass equals
+    cached inference on a clean history.
 
-    clean: (b, f, c, h, w); mask: from teacher_forcing_mask()."""
-    f = clean.shape[1]
+    clean: (b, f, c, h, w); mask: (f, f) bool, block-causal."""
+    f, own = clean.shape[1], mask & mask.T  # frames of one chunk see each other
+    mask = torch.cat([torch.cat([mask, torch.zeros_like(own)], 1),
+                      torch.cat([mask & ~own, own], 1)])
 
     def on_context(x_t, t, text):
         past = clean.repeat(len(x_t) // len(clean), 1, 1, 1, 1)  # guidance asks for two at once

@@ -88,21 +88,10 @@ def block_causal_mask(frames, first, chunk, window=None, sink=0):
     return mask
 
 
-def teacher_forcing_mask(frames, first, chunk, window=None, sink=0):
-    """(2f, 2f) bool for a pass over [clean | noisy] clips: a noisy chunk sees the clean chunks
-    before it, and itself. One such pass equals cached inference on a clean history."""
-    causal = block_causal_mask(frames, first, chunk, window, sink)
-    own = torch.block_diag(*(torch.ones(end - start, end - start)
-                             for start, end in chunk_bounds(frames, first, chunk))).bool()
-    clean = torch.cat([causal, torch.zeros_like(own)], 1)
-    return torch.cat([clean, torch.cat([causal & ~own, own], 1)])
-
-
-def stream_mask(cfg, clean=False):
-    """The frames of a training clip that the student's cache would let each frame see. clean: for
-    the clip behind its clean version, see teacher_forcing_mask()."""
-    mask = teacher_forcing_mask if clean else block_causal_mask
-    return mask(cfg.frames, cfg.first, cfg.chunk, cfg.window + cfg.chunk, cfg.sink)
+def stream_mask(cfg, frames=None):
+    """The frames of a training clip that the student's cache would let each frame see."""
+    return block_causal_mask(frames or cfg.frames, cfg.first, cfg.chunk, cfg.window + cfg.chunk,
+                             cfg.sink)
 
 
 def mask_to_groups(mask):

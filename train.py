@@ -168,7 +168,7 @@ def teacher_step(run):
     for batch in run.batches("teacher"):
         net = run.nets["student"]
         if cfg.teacher_forcing:
-            net = L.on_clean_context(net, batch.x0, stream_mask(cfg, clean=True))
+            net = L.on_clean_context(net, batch.x0, stream_mask(cfg))
         u = batch.draws.stratified_uniform()
         text = batch.text.masked_fill(batch.draws.rand(1, 1) < cfg.text_drop, 0.0)
         eps = batch.draws.randn(*batch.x0.shape[1:])
@@ -190,20 +190,19 @@ def ode_step(run):
         point = batch.draws.choice(cfg.ode_point_weights, chunks)  # one point per chunk
         point = L.per_chunk(point, cfg.ode_points, cfg)  # (b, f); the image is clean
 
-        def velocity(x, t, name="student"):
+        def flow(x, t, name="student"):
             if cfg.teacher_forcing:
-                net = L.on_clean_context(run.nets[name], clean[0], stream_mask(cfg, clean=True))
-                return net(x, t, text)
+                return L.on_clean_context(run.nets[name], clean[0], mask)(x, t, text)
             return run.nets[name](x, t, text, mask=mask)
 
+        x_t, t = L.states_at(path, point), times[point]
         with run.autocast():
-            x_t, end = L.states_at(path, point), path[:, -1]
-            if cfg.ode_target == "consistency":
-                after = (point + 1).clamp_max(cfg.ode_points)
-                loss = L.consistency_loss(velocity, lambda x, t: velocity(x, t, "ema"), x_t,
-                                          L.states_at(path, after), times[point], times[after])
+            if cfg.ode_target == "end":
+                loss = L.ode_regression_loss(flow, x_t, path[:, -1], t)
             else:
-                loss = L.ode_regression_loss(velocity, x_t, end, times[point])
+                after = (point + 1).clamp_max(cfg.ode_points)
+                loss = L.consistency_loss(flow, lambda x, t: flow(x, t, "ema"), x_t,
+                                          L.states_at(path, after), t, times[after])
         run.backward(loss, batch, log)
     return {**log, "grad": run.update("student")}
 

@@ -24,7 +24,7 @@ def make_trajectories(run):
         image = 0 if run.data.latent and run.data.only_text else cfg.first
         teacher = run.nets["teacher"]
         if cfg.teacher_forcing:  # a causal teacher makes all chunks at once, each on a real past
-            teacher = L.on_clean_context(teacher, batch.x0, stream_mask(cfg, clean=True))
+            teacher = L.on_clean_context(teacher, batch.x0, stream_mask(cfg))
         velocity = with_cfg(teacher, batch.text, cfg.guidance, run.negative)
         noise, times = batch.draws.randn(*batch.x0.shape[1:]), L.schedule(cfg.ode_steps, cfg.shift)
         with run.autocast():

@@ -342,7 +342,7 @@ def test_a_causal_teacher_sees_clean_earlier_chunks():
     net, (x, _, text) = network(cfg), inputs(cfg)
     clean, noisy = x.clone().requires_grad_(), torch.randn_like(x).requires_grad_()
     t = L.make_timesteps(0.7, x, 1)
-    flow = L.on_clean_context(net, clean, M.stream_mask(cfg, clean=True))(noisy, t, text)
+    flow = L.on_clean_context(net, clean, M.stream_mask(cfg))(noisy, t, text)
     seen = torch.autograd.grad(flow[:, 4:].sum(), (clean, noisy))
     frames = [(g.abs().sum((0, 2, 3, 4)) > 0).tolist() for g in seen]
     assert frames[0] == [True] * 4 + [False] * 3 and frames[1] == [False] * 4 + [True] * 3
