@@ -10,7 +10,7 @@ import pytest
 
 from tests.common import HERE
 
-BUDGETS = {"losses": 200, "model": 360, "discriminator": 90, "sample": 240, "data": 440,
+BUDGETS = {"losses": 200, "model": 365, "discriminator": 90, "sample": 240, "data": 440,
            "train": 525}
 ROOMS = {  # a room -> the rooms that it may import; utils reads only the two that know nothing else
     "model": set(), "losses": set(), "utils": {"model", "losses"}, "data": {"utils"},
@@ -66,7 +66,7 @@ def test_the_method_fits_its_budget():
     lines = {name: len((HERE / f"{name}.py").read_text().splitlines()) for name in BUDGETS}
     assert all(lines[name] <= most for name, most in BUDGETS.items()), lines
     assert sum(lines.values()) <= 1800, lines
-    assert len((HERE / "test_all.py").read_text().splitlines()) <= 830
+    assert len((HERE / "test_all.py").read_text().splitlines()) <= 700
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(HERE)))
