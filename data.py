@@ -113,8 +113,8 @@ class ToyWorld:
         g = np.random.default_rng(clip)
         kind, colour, direction = (g.integers(len(x)) for x in (KINDS, COLOURS, DIRECTIONS))
         velocity = self.directions[direction].numpy() * g.uniform(*self.speeds)
-        low, high, reach = self.radius, self.size - self.radius, 3 * velocity
-        start = g.uniform(np.maximum(low, low - reach), np.minimum(high, high - reach))
+        low, high, ahead = self.radius, self.size - self.radius, 3 * velocity  # 3 steps from here
+        start = g.uniform(np.maximum(low, low - ahead), np.minimum(high, high - ahead))
         ripple = (*g.uniform(0, 2 * np.pi, 2), g.uniform(1, 2) * self.size)
         base, swing = g.uniform(.1, .4, 3), g.uniform(-.1, .1, 3)
         ground = np.stack([base + swing, base - swing]) * 2 - 1
@@ -131,8 +131,8 @@ class ToyWorld:
         """The path from `start` (..., 2): (..., f, 2) as x, y in pixels, with elastic walls.
 
         velocity (..., 2) of the first step; u (..., f) uniform in [0, 1): below turns / 2 the shape
-        turns one way, below `turns` the other. The path is walked without walls, then folded."""
-        quarter = (u < self.turns).long() - 2 * (u < self.turns / 2)
+        turns one way, below `turns` the other. Walked without walls, then folded at both."""
+        quarter = (u < self.turns).long() - 2 * (u < self.turns / 2)  # -1, 0 or 1 quarter turn
         quarter[..., :self.straight] = 0
         angle = quarter.cumsum(-1) * (np.pi / 2)
         (vx, vy), cos, sin = velocity[..., None, :].unbind(-1), angle.cos(), angle.sin()
@@ -155,9 +155,10 @@ class ToyWorld:
         speeds = torch.linspace(*self.speeds, 1001)
         for clip, start, which in zip(state["clip"], state["start"], state["direction"]):
             g, direction = np.random.default_rng((int(clip), 2)), self.directions[which]
-            reach = 3 * speeds[:, None] * direction  # the first three steps, which meet no wall
-            fits = ((start + reach - self.size / 2).abs() <= self.span / 2 + 1e-4).all(1)
-            weight = (fits / (self.span - reach.abs()).prod(1)).double().numpy()
+            ahead = 3 * speeds[:, None] * direction  # the first three steps, which meet no wall
+            fits = ((start + ahead - self.size / 2).abs() <= self.span / 2 + 1e-4).all(1)
+            # a start is uniform where its speed allows it, so likelier the less room there is
+            weight = (fits / (self.span - ahead.abs()).prod(1)).double().numpy()
             speed = torch.from_numpy(g.choice(speeds.numpy(), number, p=weight / weight.sum()))
             u = torch.from_numpy(g.random((number, frames)))
             paths.append(self.walk(start.expand(number, 2), speed[:, None] * direction, u))
@@ -279,8 +280,8 @@ def dataset(cfg):
 
 
 def open_dataset(cfg, trajectory_folders):
-    """dataset(cfg), with latents checked against the network. Captions alone serve stage 1, and
-    stage 2 if a folder has stage 1's trajectories, whose ends are the clips; else UsageError."""
+    """dataset(cfg), with latents checked against the network. A folder of captions alone will do
+    for stage 1, and then for stage 2, whose clips are the ends of stage 1's trajectories."""
     data = dataset(cfg)
     if not data.latent:
         return data

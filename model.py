@@ -1,8 +1,7 @@
 """The network: Wan 2.1's video DiT, used in two ways.
 
 Bidirectional, it is the teacher, the fake score and the discriminator's backbone. With a
-block-causal mask, or with a KV cache, it is the student that generates a video chunk by chunk.
-The weights are the same in both cases: the mask and the cache are arguments of one forward pass.
+block-causal mask or a KV cache, both arguments of the same forward pass, it is the student.
 
     video   (b, f, c, h, w)   f latent frames, values around [-1, 1] (toy: unit variance)
     time    (b, f)            one value PER FRAME, 0 = clean, 1 = noise
@@ -77,12 +76,12 @@ def chunk_bounds(frames, first, chunk):
     return [(0, first), *chunks] if first else chunks
 
 
-def block_causal_mask(frames, first, chunk, window=None, sink=0):
-    """(f, f) bool, [query, key]: bidirectional inside a chunk, causal across chunks. With `window`
-    a frame sees the first `sink` frames and the last `window` up to the end of its own chunk."""
+def block_causal_mask(frames, first, chunk, reach=None, sink=0):
+    """(f, f) bool, [query, key]: bidirectional inside a chunk, causal across chunks. With `reach`
+    a chunk sees, itself included, the latest `reach` frames, and the first `sink` frames."""
     mask = torch.zeros(frames, frames, dtype=torch.bool)
     for start, end in chunk_bounds(frames, first, chunk):
-        oldest = 0 if window is None else max(0, end - window)
+        oldest = 0 if reach is None else max(0, end - reach)
         mask[start:end, oldest:end] = True
         mask[start:end, :min(sink, end)] = True
     return mask
@@ -115,8 +114,7 @@ def attention(q, k, v):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if half and q.device.type == "cpu" and q.requires_grad and q.shape[2] * k.shape[2] <= 2 ** 20:
         # on a CPU the backward pass of SDPA takes three times as long in bfloat16 (torch 2.13)
-        weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, -1)
-        return (weights @ v).transpose(1, 2)
+        return (torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, -1) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
@@ -134,13 +132,13 @@ def framewise_attention(q, k, v, groups):
 @functools.lru_cache(maxsize=16)
 def rope_table(positions, h, w, head_dim, device):
     """exp(i angle) of the 3-D rotary embedding: (f, h*w, 1, head_dim / 2) complex64.
-    positions: tuple of f frame positions. The head is split into time | height | width, each of
-    `width` numbers with frequencies 10000^(-2j/width). Angles are float64, as upstream."""
-    part = 2 * (head_dim // 6)
+    positions: tuple of f frame positions. A head's numbers are split into time | height | width; a
+    part of n numbers has frequencies 10000^(-2j/n). Angles are float64, as upstream."""
+    part = 2 * (head_dim // 6)  # height and width; time takes the rest
     axes = [torch.as_tensor(axis, dtype=torch.float64) for axis in (positions, range(h), range(w))]
     coords = torch.cartesian_prod(*axes).view(len(positions), h * w, 1, 3)  # frame, row, column
-    freqs = [10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-             for width in (head_dim - 2 * part, part, part)]
+    freqs = [10000.0 ** (-torch.arange(0, n, 2, dtype=torch.float64) / n)
+             for n in (head_dim - 2 * part, part, part)]
     angles = torch.cat([x[..., None] * freq for x, freq in zip(coords.unbind(-1), freqs)], -1)
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
 
@@ -152,8 +150,7 @@ def rotate(x, rope):
 
 
 class GELU(nn.GELU):
-    """The tanh form, as in Wan. On a CPU in bfloat16 the exact form is three times as fast and at
-    most 5e-4 away, a tenth of what bfloat16 resolves near 1."""
+    """Wan's tanh form; on a CPU in bfloat16 the exact one: 3 times as fast, at most 5e-4 away."""
     def forward(self, x):
         fast = x.device.type == "cpu" and x.dtype == torch.bfloat16
         return F.gelu(x, approximate="none" if fast else "tanh")
@@ -210,8 +207,8 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim ** 0.5)
 
     def forward(self, x, e, text, rope_q, rope_k, groups, past=None):
-        """x (b, f, n, dim), e (b, f, 6, dim), text (b, l, dim) -> x, (k, v). A pure function, which
-        stores nothing, so that activation checkpointing can run it twice."""
+        """x (b, f, n, dim), e (b, f, 6, dim) for all n tokens of a frame, text (b, l, dim) ->
+        x, (k, v). It stores nothing, so that activation checkpointing can run it twice."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e)[..., None, :].unbind(2)
         y, kv = self.self_attn(self.norm1(x) * (1 + scale1) + shift1, rope_q, rope_k, groups, past)
         x = x + gate1 * y
@@ -230,8 +227,8 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim ** 0.5)
 
     def forward(self, x, e):
-        """x (b, f, n, dim), e (b, f, dim) -> (b, f, n, patch volume * channels)"""
-        shift, scale = (self.modulation + e[:, :, None])[:, :, :, None].unbind(2)
+        """x (b, f, n, dim), e (b, f, dim) of a frame -> (b, f, n, patch volume * channels)"""
+        shift, scale = (self.modulation + e[:, :, None])[..., None, :].unbind(2)
         return self.head(self.norm(x) * (1 + scale) + shift)
 
 
@@ -262,7 +259,7 @@ class DiT(nn.Module):
             if isinstance(m, (nn.Linear, nn.Conv3d)):
                 nn.init.xavier_uniform_(m.weight.flatten(1))
                 nn.init.zeros_(m.bias)
-        for m in (*self.text_embedding[::2], *self.time_embedding[::2]):
+        for m in (*self.text_embedding[::2], *self.time_embedding[::2]):  # their linear layers
             nn.init.normal_(m.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
         return self
@@ -270,13 +267,13 @@ class DiT(nn.Module):
     def embed(self, x, t, text):
         """Tokens (b, f, n, dim), time embedding (b, f, dim) and its six-fold projection, text."""
         p = self.cfg.patch
+        # a convolution with stride = kernel is a linear map of patches, channels first
         patches = rearrange(x, "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=p)
-        # a convolution with stride = kernel is a linear map of patches
         x = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
         e = self.time_embedding(timestep_embedding(t, self.cfg.freq_dim)).float()
         e6 = rearrange(self.time_projection(e).float(), "b f (six d) -> b f six d", six=6)
-        padding = self.cfg.text_len - text.shape[1]
-        return x, e, e6, self.text_embedding(F.pad(text, (0, 0, 0, padding)))
+        text = F.pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1]))
+        return x, e, e6, self.text_embedding(text)
 
     def forward(self, x, t, text, *, mask=None, positions=None, cache=None, feature_layers=()):
         """x (b, f, c, h, w), t (b, f) in [0, 1], text (b, l, text_dim) -> flow (b, f, c, h, w).
@@ -307,7 +304,7 @@ class DiT(nn.Module):
                 features.append(x)
         if cache is not None:
             cache.write(present)
-        x = self.head(x, e)
+        x = self.head(x, e)  # patches again, but here Wan has the channels last
         flow = rearrange(x, "b f (h w) (p q c) -> b f c (h p) (w q)", h=h, p=p, q=p)
         return (flow, features) if feature_layers else flow
 
@@ -338,8 +335,8 @@ class KVCache:
     [sink | window | chunk] (StreamingLLM, 2309.17453; AAD-1 section 3.1): distances stay in the
     trained range, however long the stream. relative=False: positions are frame numbers of the
     video, as in Self Forcing. detach=False: gradients pass through the cache.
-    Each pass over a chunk overwrites `present`. commit() appends it to `past` and drops the frames
-    between sink and window: (sink + window + chunk) * tokens a frame * 2 * dim values a layer."""
+    Each pass over a chunk overwrites `present`; commit() moves it to `past`. Size of a layer:
+    (sink + window + chunk) * tokens a frame * 2 * dim values."""
     def __init__(self, sink=1, window=None, relative=True, detach=True):
         self.sink, self.window, self.relative, self.detach = sink, window, relative, detach
         self.past = self.present = None  # per layer (k, v), each (b, frames, n, heads, d)
@@ -356,7 +353,7 @@ class KVCache:
         self.present = [(k.detach(), v.detach()) for k, v in present] if self.detach else present
 
     def commit(self):
-        """The present chunk becomes past; frames beyond sink + window are forgotten."""
+        """The present chunk joins the past, which forgets the frames between sink and window."""
         frames = self.present[0][0].shape[1]
         self.kept += range(self.committed, self.committed + frames)
         self.committed += frames
@@ -364,10 +361,9 @@ class KVCache:
         if self.past is not None:
             layers = [(torch.cat([pk, k], 1), torch.cat([pv, v], 1))
                       for (pk, pv), (k, v) in zip(self.past, self.present)]
-        total = len(self.kept)
-        window = total if self.window is None else self.window
-        keep = [i for i in range(total) if i < self.sink or i >= total - window]
-        if len(keep) < total:
+        oldest = 0 if self.window is None else len(self.kept) - self.window  # of the window
+        keep = [i for i in range(len(self.kept)) if i < self.sink or i >= oldest]
+        if len(keep) < len(self.kept):
             self.kept = [self.kept[i] for i in keep]
             layers = [(k[:, keep], v[:, keep]) for k, v in layers]
         self.past, self.present = layers, None

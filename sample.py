@@ -47,10 +47,10 @@ def with_cfg(model, text, scale, negative=None):
 
 @torch.no_grad()
 def sample_ode(velocity, noise, first, times, keep=()):
-    """Euler's method from noise to a clean clip; the k >= 0 frames of `first` (b, k, c, h, w) stay.
+    """Euler's method from noise to a clean clip that begins with `first` (b, k, c, h, w), k >= 0.
 
-    times: from schedule(). Returns the clip (b, f, c, h, w) and the states before the steps in
-    `keep`."""
+    times: from schedule(). Returns the clip (b, f, c, h, w) and a list of its states before the
+    steps in `keep` (0-based)."""
     k, kept = first.shape[1], []
     x = torch.cat([first, noise[:, k:]], 1)
     for i, (t, t_next) in enumerate(zip(times, [*times[1:], 0.0])):
@@ -82,12 +82,12 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
     randn          callable (number of frames) -> noise (b, number, c, h, w)
     frames         stop at this many, the image included; the last chunk is whole. None: endless
     steps          passes per chunk; a list: one number per chunk, the last for all that follow
-    exit_step      leave after this pass (0-based), not the last (Self Forcing draws it at random);
+    exit_step      end a chunk after this pass (0-based; Self Forcing draws it), not after its last;
                    a list like `steps`
-    grad           the exit pass of every chunk carries a gradient
-    grad_chunks    ... of the last so many chunks only (One-Forcing); 0: of all
+    grad           the pass that ends a chunk carries a gradient; the others never do
+    grad_chunks    ... in the last so many chunks alone (One-Forcing); 0: in all
     context_level  noise level of image and finished chunks in the cache (Diagonal Forcing: 0.1);
-                   below 0: the cache keeps what the last pass left, and there is no context pass
+                   below 0: chunks have no context pass, their last pass stays in the cache
     cache_grad     gradients also reach the weights through the context passes, which trains what
                    a chunk leaves for later chunks (Self Gradient Forcing, 2607.20368)
     start          (b, f, c, h, w) noise for the first pass of every chunk, in place of randn's
@@ -95,21 +95,22 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
     """
     cfg = model.cfg
     cache = KVCache(cfg.sink, cfg.window, detach=not cache_grad)
-    plan, exits = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (steps, exit_step))
-    done, finished = first.shape[1], None
+    passes, exits = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (steps, exit_step))
+    done, finished = first.shape[1], None  # frames so far, and the chunk that the cache lacks
     if done:
         yield first
         finished = first
     while frames is None or done < frames:
         carries = grad and not (grad_chunks and frames - done > grad_chunks * cfg.chunk)
-        if finished is first or finished is not None and context_level >= 0:
+        if finished is first or (finished is not None and context_level >= 0):
             level = max(0.0, context_level)
             context_pass(model, cache, finished, text, level, randn, carries and cache_grad)
         elif finished is not None:
             cache.commit()
-        passes, leave = (x.pop(0) if len(x) > 1 else x[0] for x in (plan, exits))
-        times = schedule(passes, cfg.shift)
-        last = len(times) - 1 if leave is None else min(leave, len(times) - 1)
+        times, last = schedule(passes[0], cfg.shift), passes[0] - 1
+        if exits[0] is not None:
+            last = min(exits[0], last)
+        passes, exits = passes[1:] or passes, exits[1:] or exits  # the last serves all that follow
         x = randn(cfg.chunk) if start is None else start[:, done:done + cfg.chunk]
         for i, t in enumerate(times[:last + 1]):
             t = make_timesteps(t, x, 0)
@@ -179,13 +180,15 @@ def load(args):
     overrides = {name: value for name, value in typed.items() if value is not None}
     require(not args.preset or "where" not in settings, f"{where} knows its shape: leave out "
             "--preset")
-    plain = not overrides and len(args.steps or [0]) == 1
-    require(settings["stage"] or plain, f"{where} is a teacher, which makes a clip at once: leave "
-            "out --chunk, --sink, --window and --context-level, give --steps one number, or name "
-            "a later stage with --weights")
-    image, given = settings["first"], len(args.image or [])
-    wanted = 1 + (codec.ratio if codec else 4) * (image - 1) if image else 0  # frames of the video
-    remedy = f"give --image {wanted} files" if image else "leave out --image and add --prompt"
+    streamed = overrides or len(args.steps or [0]) > 1  # asks for what a stream alone has
+    require(settings["stage"] or not streamed, f"{where} is a teacher, which makes a clip at once: "
+            "leave out --chunk, --sink, --window and --context-level, give --steps one number, or "
+            "name a later stage with --weights")
+    image, given, wanted = settings["first"], len(args.image or []), 0
+    remedy = "leave out --image and add --prompt"
+    if image:  # latent frames -> frames of the video
+        wanted = 1 + (codec.ratio if codec else 4) * (image - 1)
+        remedy = f"give --image {wanted} files"
     require(given in (0, wanted), f"{where} was trained with --first {image}: {remedy}")
     settings["context_level"] = overrides.pop("context_level", settings["context_level"])
     for name, value in overrides.items():
@@ -207,10 +210,8 @@ def main(argv=None):
     noise = torch.Generator().manual_seed(args.seed)
     frames = args.frames or 1 + codec.ratio * (settings["frames"] - 1)
     latents = 1 + math.ceil((frames - 1) / codec.ratio)
-    steps = args.steps[0] if args.steps and len(args.steps) == 1 else args.steps
-    fps, zoom = 16, 1
-    if codec.ratio == 1:
-        fps, zoom = 8, max(1, 256 // settings["size"])
+    steps = args.steps[0] if len(args.steps or ()) == 1 else args.steps  # a number: for all chunks
+    fps, zoom = (8, max(1, 256 // settings["size"])) if codec.ratio == 1 else (16, 1)
 
     def randn(number):
         return torch.randn(1, number, *first.shape[2:], generator=noise).to(args.device)

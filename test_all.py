@@ -6,11 +6,12 @@
 
 Reference vectors of upstream's classes are in goldens/. Everything runs on CPU, in float32.
 """
+import functools
 import json
-from types import SimpleNamespace
 
-from tests.common import (HERE, command, inputs, largest_difference, logs, network, relative,
-                          several_processes, small_config, small_run, timeless, tiny, weights)
+from tests.common import (HERE, Known, command, flow_to, inputs, largest_difference, logs, network,
+                          recorded, rehearsal, relative, rolled, several_processes, small_config,
+                          timeless, tiny, weights)
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ import model as M
 import sample
 import train
 from discriminator import Discriminator
-from experiments import plan
+from utils.errors import UsageError
 
 TOLERANCE = 5e-6  # relative; the floor of the reference itself is 3e-7
 
@@ -177,35 +178,9 @@ def test_masks():
     mask = M.block_causal_mask(7, 1, 3)
     assert mask[0].tolist() == [True] + [False] * 6
     assert mask[2].tolist() == [True] * 4 + [False] * 3 and mask[6].all()
-    assert M.block_causal_mask(7, 1, 3, window=4)[6].tolist() == [False] * 3 + [True] * 4
+    assert M.block_causal_mask(7, 1, 3, reach=4)[6].tolist() == [False] * 3 + [True] * 4
     with pytest.raises(ValueError, match="--frames"):
         M.chunk_bounds(frames=8, first=1, chunk=3)
-
-
-def test_framewise_attention_is_dense_masked_attention():
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 6, 4, 2, 8).unbind(0)  # (b, f, n, heads, d)
-    mask = M.block_causal_mask(6, 0, 2, window=4, sink=1)
-    dense = F.scaled_dot_product_attention(
-        *(x.flatten(1, 2).transpose(1, 2) for x in (q, k, v)),
-        attn_mask=mask.repeat_interleave(4, 0).repeat_interleave(4, 1))
-    ours = M.framewise_attention(q, k, v, M.mask_to_groups(mask))
-    assert relative(ours.flatten(1, 2), dense.transpose(1, 2).flatten(2)) < 1e-6
-
-
-@pytest.mark.parametrize("dtype, near", [(torch.bfloat16, 1e-2), (torch.float32, 1e-6)])
-def test_attention_backends_agree(dtype, near):
-    """The explicit product, used on CPU in bfloat16 while training, against SDPA: values,
-    gradients."""
-    torch.manual_seed(0)
-    exact = [x.requires_grad_() for x in torch.randn(3, 2, 24, 2, 8).unbind(0)]
-    ours = [x.detach().to(dtype).requires_grad_() for x in exact]
-    want = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in exact)).transpose(1, 2)
-    out = M.attention(*ours)
-    assert out.dtype == dtype and relative(out, want) < near
-    got = torch.autograd.grad(out.float().square().sum(), ours)
-    right = torch.autograd.grad(want.square().sum(), exact)
-    assert all(relative(a, b) < 2 * near for a, b in zip(got, right))
 
 
 @torch.no_grad()
@@ -400,49 +375,9 @@ def test_a_logit_sees_what_it_should(causal, granularity, shape):
     assert seen[0].abs().sum() == 0
 
 
-def test_a_common_logit_does_not_blur_a_difference():
-    """A paired loss lets logits drift off together; small differences must survive in bfloat16."""
-    cfg, difference = tiny(), []
-    torch.manual_seed(0)
-    disc = Discriminator(network(cfg), [0, 1])
-    x, t, text = inputs(cfg)
-    for common in (0.0, 10.0):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            disc.out.bias.fill_(common)
-            difference.append((disc(x, t, text) - disc(x.flip(0), t, text))[0])
-    assert difference[0].abs() > 1e-4
-    assert abs(difference[1] - difference[0]) < 0.01 * abs(difference[0])
-
-
 # ---------------------------------------------------------------- what the training steps do
-# A Rehearsal is a stage at work on clips of noise, without files. Networks are replaced by
-# functions whose answers are known, or their calls are recorded.
-
-class Recorder(torch.nn.Module):
-    """Stands in for a network: records its inputs and answers with `answer(x, t, text)`."""
-
-    def __init__(self, cfg, answer):
-        super().__init__()
-        self.cfg, self.answer, self.calls = cfg, answer, []
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-
-    def forward(self, x, t, text, **options):
-        self.calls.append(SimpleNamespace(x=x.detach(), t=t, text=text, **options))
-        return self.answer(x, t, text) + 0 * self.weight
-
-
-def flow_to(target):
-    """A network whose guess of the clean clip is `target` (a tensor, or callable of x)."""
-    def answer(x, t, text):
-        x0 = target(x) if callable(target) else target
-        return torch.where(L.expand_t(t) > 0, (x - x0) / L.expand_t(t).clamp_min(1e-6), 0 * x)
-    return answer
-
-
-def rehearsal(stage, *flags):
-    """A stage of the small run at work."""
-    return plan.Rehearsal(small_config(stage, *flags))
-
+# rehearsal() is a stage at work on clips of noise, without files. Its networks are replaced by
+# Known answers, or their calls are recorded().
 
 def test_dmd_points_from_the_fake_score_to_the_teacher():
     """With a teacher that answers `target` and a fake score that answers x, it is x - target."""
@@ -450,12 +385,12 @@ def test_dmd_points_from_the_fake_score_to_the_teacher():
     batch = next(run.batches("roll"))
     x, target = batch.x0, torch.randn_like(batch.x0)
     answers = {"teacher": flow_to(target), "fake": flow_to(x)}
-    run.nets = {name: Recorder(run.cfg, answer) for name, answer in answers.items()}
+    run.nets = {name: Known(run.cfg, answer) for name, answer in answers.items()}
+    shown = [recorded(net) for net in run.nets.values()]
     grad, _ = train.dmd_term(run, x, batch, batch.draws, 0)
     direction = (x - target)[:, 1:]
     assert F.cosine_similarity(grad.flatten(), direction.flatten(), 0) > 0.99
-    for net in run.nets.values():
-        call, = net.calls
+    for call, in shown:
         assert (call.t[:, 0] == 0).all() and torch.equal(call.x[:, 0], x[:, 0])
         assert (call.t[:, 1:] == call.t[:, 1:2]).all() and call.t[:, 1:].min() >= 0.02
 
@@ -464,7 +399,7 @@ def test_dmd_points_from_the_fake_score_to_the_teacher():
 def test_the_student_climbs_the_discriminator(loss):
     """Where the logit rises with x, the student's gradient is negative, for every loss."""
     run = rehearsal(3, "--gan-loss", loss)
-    run.nets["disc"] = Recorder(run.cfg, lambda x, t, text: x[:, 1:].flatten(1).sum(1))
+    run.nets["disc"] = Known(run.cfg, lambda x, t, text: x[:, 1:].flatten(1).sum(1))
     batch = next(run.batches("roll"))
     grad, _ = train.gan_term(run, batch.x0, batch, batch.draws, 0)
     assert grad.shape == batch.x0[:, 1:].shape and (grad < 0).all()
@@ -489,11 +424,11 @@ def test_what_the_discriminator_is_shown():
     batch = next(run.batches("roll"))
     generated = batch.x0 + 1
     generated[:, 0] = batch.x0[:, 0]
-    shown, old = [], run.nets["disc"].forward
-    run.nets["disc"].forward = lambda x, t, text: shown.append((x.detach(), t)) or old(x, t, text)
+    calls = recorded(run.nets["disc"])
     train.disc_step(run, [(batch, generated)], 0, 0)
-    (real, t), (fake, t2), (real_d, t3), (fake_d, t4) = shown
-    assert all(torch.equal(t, other) for other in (t2, t3, t4))
+    real, fake, real_d, fake_d = (call.x for call in calls)
+    t = calls[0].t
+    assert all(torch.equal(t, call.t) for call in calls)
     assert (t[:, 0] == 0).all() and (t[:, 1:] == t[:, 1:2]).all()
     assert torch.equal(real[:, 0], batch.x0[:, 0])
     # same noise for both: they differ by the clean clips' difference, scaled by 1 - t
@@ -504,70 +439,47 @@ def test_what_the_discriminator_is_shown():
         assert delta[:, 1:].std().item() == pytest.approx(0.1, rel=0.05)
 
 
-@pytest.mark.parametrize("step, stage", [(train.teacher_step, 0), (train.ode_step, 1)])
-def test_the_image_is_clean_and_frames_are_at_their_own_level(step, stage):
-    run = rehearsal(stage, "--frames", 13, "--window", 3)  # so that frames have left the window
-    cfg, student = run.cfg, run.nets["student"]
-    shown, old = [], student.forward
-    student.forward = lambda x, t, text, **o: shown.append((x, t, text, o)) or old(x, t, text, **o)
-    batch = next(run.batches({0: "teacher", 1: "ode"}[stage]))
-    step(run)
-    (x, t, text, options), = shown
-    assert (t[:, 0] == 0).all()
-    if stage == 0:
-        assert torch.equal(x[:, 0], batch.x0[:, 0]) and (t[:, 1:] == t[:, 1:2]).all()
-        return
-    times = torch.tensor([*L.schedule(4, cfg.shift), 0.0]).tolist()
-    assert set(t[:, 1:].flatten().tolist()) <= set(times)
-    assert all((t[:, a:b] == t[:, a:a + 1]).all() for a, b in M.chunk_bounds(cfg.frames, 1, 3))
-    window = cfg.window + cfg.chunk
-    assert torch.equal(options["mask"], M.block_causal_mask(cfg.frames, 1, 3, window, cfg.sink))
+@pytest.mark.parametrize("stage, batches, name, step", [
+    (0, "teacher", "student", lambda run, batch: train.teacher_step(run)),
+    (2, "roll", "fake", lambda run, batch: train.fake_score_step(run, [(batch, batch.x0)], 0, 0))])
+def test_the_image_is_clean_and_the_clip_at_one_level(stage, batches, name, step):
+    """As the teacher sees real clips, and the fake score generated ones."""
+    run = rehearsal(stage)
+    batch, calls = next(run.batches(batches)), recorded(run.nets[name])
+    step(run, batch)
+    call, = calls
+    assert (call.t[:, 0] == 0).all() and torch.equal(call.x[:, 0], batch.x0[:, 0])
+    assert (call.t[:, 1:] > 0).all() and (call.t[:, 1:] == call.t[:, 1:2]).all()
 
 
-def test_every_frame_of_stage_1_is_the_state_of_its_own_level():
-    run = rehearsal(1)
-    path = torch.arange(5.0).view(1, 5, 1, 1, 1, 1).expand(4, -1, 7, 8, 8, 8)  # state k is k
-    run.trajectory = lambda draws: (path, torch.zeros(4, 6, 32))
-    seen, times, net = [], [*L.schedule(4, run.cfg.shift), 0.0], run.nets["student"]
-    net.forward = lambda x, t, text, **_: seen.append((x, t)) or 0 * x.requires_grad_()
+def test_stage_1_shows_every_chunk_at_its_own_level_and_what_the_cache_keeps():
+    """A frame is the trajectory's state of its own level, the image the clean end. At 13 frames
+    some have left the window: the mask hides what the cache has dropped."""
+    run = rehearsal(1, "--frames", 13, "--window", 3)
+    cfg, calls, cache = run.cfg, recorded(run.nets["student"]), M.KVCache(1, 3)
+    states = torch.arange(5.0).view(1, 5, 1, 1, 1, 1).expand(4, 5, 13, 8, 8, 8)  # state k is k
+    run.trajectory = lambda draws: (states, torch.zeros(4, 6, 32))
     train.ode_step(run)
-    (x, t), = seen
-    for k, time in enumerate(times):
-        chosen = (t - time).abs() < 1e-6
-        assert (x[chosen] == k).all()
-    assert (x[:, 0] == 4).all()  # the image: the clean end
-
-
-def test_the_mask_of_stage_1_is_what_the_cache_keeps():
-    """At 13 frames, where the toy's window has already slid."""
-    cfg = M.Config(frames=13)
-    mask = M.block_causal_mask(13, 1, 3, cfg.window + cfg.chunk, cfg.sink)
-    kept = []
+    (call,), times = calls, torch.tensor([*L.schedule(4, cfg.shift), 0.0])
+    assert (call.x == call.x[..., :1, :1, :1]).all() and (call.x[:, 0] == 4).all()
+    assert torch.equal(call.t, times[call.x[..., 0, 0, 0].long()])
+    assert len(call.t[:, 1:].unique()) > 1
     for start, end in M.chunk_bounds(13, 1, 3):
-        visible = kept + list(range(start, end))
-        assert [k for k in range(13) if mask[start, k]] == visible
-        total = len(visible)
-        kept = [v for i, v in enumerate(visible) if i < cfg.sink or i >= total - cfg.window]
+        assert (call.t[:, start:end] == call.t[:, start:start + 1]).all()
+        visible = [*cache.kept, *range(start, end)]
+        assert all(row.nonzero()[:, 0].tolist() == visible for row in call.mask[start:end])
+        cache.write([2 * (torch.zeros(1, end - start, 1, 1, 1),)])
+        cache.commit()
 
 
 def test_captions_are_dropped_as_often_as_asked():
     run = rehearsal(0, "--text-drop", 0.25, "--batch-size", 64)
-    shown, old = [], run.nets["student"].forward
-    run.nets["student"].forward = lambda x, t, text: shown.append(text) or old(x, t, text)
+    calls = recorded(run.nets["student"])
     for run.step in range(8):
         train.teacher_step(run)
-    dropped = (torch.cat(shown).flatten(1).abs().sum(1) == 0).float().mean().item()
+    text = torch.cat([call.text for call in calls])
+    dropped = (text.flatten(1).abs().sum(1) == 0).float().mean().item()
     assert dropped == pytest.approx(0.25, abs=0.06)
-
-
-def test_the_fake_score_is_shown_clean_images():
-    run = rehearsal(2)
-    batch = next(run.batches("roll"))
-    shown, old = [], run.nets["fake"].forward
-    run.nets["fake"].forward = lambda x, t, text: shown.append((x, t)) or old(x, t, text)
-    train.fake_score_step(run, [(batch, batch.x0)], 0, 0)
-    (x, t), = shown
-    assert (t[:, 0] == 0).all() and torch.equal(x[:, 0], batch.x0[:, 0]) and (t[:, 1:] > 0).all()
 
 
 def test_trajectories_keep_the_states_that_the_student_will_meet():
@@ -631,51 +543,22 @@ def test_the_student_waits_for_its_first_step_and_takes_the_anchor_along(monkeyp
     assert anchors == [1]
 
 
-def test_levels_of_the_pass_that_made_the_clip():
-    """--gan-interval: between the time of the exit pass and the next; else anywhere."""
-    clips, x = data.Draws(range(400), "levels"), torch.zeros(400, 7, 1, 1, 1)
-    flags = ("--student-steps", 2, "--shift", 8, "--gan-shift", 1)
-    middle = 16 / 18
-    for more, exit_step, low, high in ((["--gan-interval"], 0, middle, 1),
-                                       (["--gan-interval"], 1, 0, middle), ([], 0, 0, 1)):
-        t = train.disc_level(small_config(3, *flags, *more), clips, x, exit_step)
-        assert (t[:, 0] == 0).all() and torch.equal(t[:, 1:], t[:, 1:2].expand(-1, 6))
-        assert low <= t[:, 1].min() < low + 0.02 and high - 0.02 < t[:, 1].max() <= high
-
-
-def test_stage_2_stops_when_futures_are_forgotten():
-    past = [{"grad": 1.0}, {"spread": torch.nan}, {"spread": 0.8}, {"grad": 1.0}, {"spread": 0.41}]
-    assert not train.reason_to_stop([], 0.5) and not train.reason_to_stop(past, 0.5)
-    past.append({"spread": 0.39})
-    assert "0.390" in train.reason_to_stop(past, 0.5) and not train.reason_to_stop(past, 0.0)
-
-
 def test_held_out_clips_are_never_trained_on():
-    """Both sets lie above every clip number that any seed uses, and do not meet."""
-    search, report = (set(data.held_out_ids(1000, which)) for which in data.HELD_OUT_SETS)
-    assert min(search | report) > 90 * 10_000_000 + 10_000_000 and not search & report
-    with pytest.raises(Exception, match="--seed"):
+    """And those that settings are chosen by are not those of the tables."""
+    # sample.py --seed reaches that far
+    search, report = (data.held_out_ids(100_000, which) for which in ("search", "report"))
+    assert not set(search) & set(report) and data.held_out_ids(3) == search[:3]
+    run = train.Run(small_config(0, "--seed", "90"), train.new_network)  # the largest there is
+    run.step = 100_000
+    last = [clip for batch in run.batches("teacher") for clip in batch.clip_ids]
+    trajectories = 90 * 10_000_000 + 5_000_000 + 1_000_000
+    assert len(last) == 4 and max(*last, trajectories) < min(search[0], report[0])
+    assert min(last) >= 90 * 10_000_000
+    with pytest.raises(UsageError, match="--seed"):
         small_config(0, "--seed", 91)
 
 
 # ---------------------------------------------------------------- the rollout
-
-def rolled(cfg, **options):
-    """A rollout of a tiny network, its chunks, and what the network was shown."""
-    net, (x, _, text) = network(cfg), inputs(cfg)
-    shown, g = [], torch.Generator().manual_seed(0)
-    old = net.forward
-
-    def record(x, t, given, **options):
-        assert torch.equal(given, text)  # every pass reads the caption
-        shown.append((x.detach(), t))
-        return old(x, t, given, **options)
-
-    net.forward = record
-    chunks = sample.rollout(net, x[:, :1], text, lambda n: torch.randn(2, n, 4, 4, 4, generator=g),
-                            cfg.frames, **options)
-    return list(chunks), shown
-
 
 def test_an_exit_step_leaves_early():
     """Leaving after pass 0 of 4 is the one-step clip; after pass 1 it is not."""
@@ -690,23 +573,16 @@ def test_an_exit_step_leaves_early():
 def test_context_passes_show_the_finished_chunk_at_the_context_level(level):
     """image, chunk, its context pass, chunk: t is the level, and at 0 the very chunk is shown."""
     chunks, shown = rolled(tiny(), context_level=level)
-    (image, t0), (noise, t1), (context, t2), (_, t3) = shown
-    assert (t1 == 1).all() and (t3 == 1).all()
-    assert torch.allclose(t0, torch.tensor(level)) and torch.allclose(t2, torch.tensor(level))
-    assert torch.equal(context, chunks[1].detach()) == (level == 0)
+    image, noise, context, _ = shown
+    for call, t in zip(shown, (level, 1.0, level, 1.0)):
+        assert torch.allclose(call.t, torch.tensor(t))
+    assert torch.equal(context.x, chunks[1]) == (level == 0)
 
 
 def test_without_context_passes_there_are_none():
     """--context-level below 0: only the image is passed to fill the cache."""
     _, shown = rolled(tiny(), context_level=-1.0)
-    assert len(shown) == 3 and (shown[0][1] == 0).all()
-
-
-def test_passes_per_chunk_may_be_a_list():
-    """4 1: First-Frame Enhancement."""
-    _, shown = rolled(tiny(frames=10), steps=[4, 1])
-    passes = [t[0, 0].item() for _, t in shown if t[0, 0] > 0]
-    assert passes == pytest.approx([*L.schedule(4, 8.0), 1.0, 1.0])
+    assert len(shown) == 3 and (shown[0].t == 0).all()
 
 
 def test_gradients_of_a_rollout():
@@ -782,12 +658,25 @@ def test_resume_is_bit_for_bit(small_run, tmp_path, stage, monkeypatch):
     assert timeless(one) == timeless(two)
 
 
+@pytest.fixture(scope="module")
+def plain(small_run, tmp_path_factory):
+    """A function: stage -> (its command, its folder after 3 steps in one process, trained once)."""
+    out = tmp_path_factory.mktemp("plain")
+
+    @functools.cache
+    def trained(stage):
+        flags = command(small_run, stage, "--iters", 3, "--muon-lr", 0)
+        train.main(["--out", str(out), *flags])
+        return flags, out / f"stage{stage}"
+
+    return trained
+
+
 @pytest.mark.parametrize("stage", range(4))
-def test_accumulation_is_the_same_batch(small_run, tmp_path, stage):
-    flags = command(small_run, stage, "--iters", 3, "--muon-lr", 0)
-    train.main(["--out", str(tmp_path / "a"), *flags])
-    train.main(["--out", str(tmp_path / "b"), "--micro-batch", "2", *flags])
-    one, two = (weights(tmp_path / name / f"stage{stage}") for name in "ab")
+def test_accumulation_is_the_same_batch(plain, tmp_path, stage):
+    flags, folder = plain(stage)
+    train.main(["--out", str(tmp_path), "--micro-batch", "2", *flags])
+    one, two = weights(folder), weights(tmp_path / f"stage{stage}")
     assert max(relative(two[k], one[k]) for k in one if one[k].norm() > 1e-3) < 1e-4
 
 
@@ -795,13 +684,12 @@ def test_accumulation_is_the_same_batch(small_run, tmp_path, stage):
     (0, 2, ""), (1, 2, ""), (2, 2, "--activation-checkpointing"), (3, 2, ""),
     (3, 4, "--activation-checkpointing"), (1, 2, "--context-parallel 2"),
     (3, 4, "--context-parallel 2 --activation-checkpointing")])
-def test_several_processes_are_one(small_run, tmp_path, stage, processes, more):
+def test_several_processes_are_one(plain, tmp_path, stage, processes, more):
     """Gloo processes and FSDP2 give the losses and weights of one process; so does
     checkpointing."""
-    flags = command(small_run, stage, "--iters", 3, "--muon-lr", 0)
-    train.main(["--out", str(tmp_path / "a"), *flags])
-    several_processes(processes, tmp_path, "--out", str(tmp_path / "b"), *flags, *more.split())
-    one, two = (tmp_path / name / f"stage{stage}" for name in "ab")
+    flags, one = plain(stage)
+    several_processes(processes, tmp_path, "--out", str(tmp_path), *flags, *more.split())
+    two = tmp_path / f"stage{stage}"
     assert largest_difference(weights(one), weights(two)) < 1e-5
     for a, b in zip(logs(one), logs(two)):
         for name in {"loss", "fake_loss", "d_real", "d_fake", "anchor"} & a.keys():

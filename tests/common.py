@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # pytest-xdist runs a worker per core; read when torch starts
 
@@ -16,9 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import losses as L
 import model as M
+import sample
 import train
-from experiments import evaluate
+from experiments import evaluate, plan
 
 HERE = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -59,6 +62,55 @@ def inputs(cfg, b=2, f=None, side=4, seed=1):
 def small_config(stage, *flags):
     """The settings of a stage of the small run, with other flags."""
     return train.make_config(train.parse(["--iters", "9", *SMALL, *map(str, flags)]), stage)
+
+
+def rehearsal(stage, *flags):
+    """A stage of the small run at work on clips of noise, without files."""
+    return plan.Rehearsal(small_config(stage, *flags))
+
+
+def recorded(net):
+    """A list that fills with the calls of a network: x, t, text and the options."""
+    calls, forward = [], net.forward
+
+    def record(x, t, text, **options):
+        calls.append(SimpleNamespace(x=x.detach(), t=t, text=text, **options))
+        return forward(x, t, text, **options)
+
+    net.forward = record
+    return calls
+
+
+class Known(torch.nn.Module):
+    """Stands in for a network: answers with `answer(x, t, text)`."""
+
+    def __init__(self, cfg, answer):
+        super().__init__()
+        self.cfg, self.answer = cfg, answer
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, t, text, **options):
+        return self.answer(x, t, text) + 0 * self.weight
+
+
+def flow_to(target):
+    """An answer whose guess of the clean clip is `target`."""
+    def answer(x, t, text):
+        return torch.where(L.expand_t(t) > 0, (x - target) / L.expand_t(t).clamp_min(1e-6), 0 * x)
+
+    return answer
+
+
+def rolled(cfg, **options):
+    """The chunks of a rollout of a tiny network, and the calls of the network. Every pass reads the
+    caption."""
+    net, (x, _, text), g = network(cfg), inputs(cfg), torch.Generator().manual_seed(0)
+    calls = recorded(net)
+    chunks = list(sample.rollout(net, x[:, :1], text,
+                                 lambda n: torch.randn(2, n, 4, 4, 4, generator=g), cfg.frames,
+                                 **options))
+    assert all(torch.equal(call.text, text) for call in calls)
+    return [chunk.detach() for chunk in chunks], calls
 
 
 def weights(folder):

@@ -118,19 +118,6 @@ def test_futures_are_drawn_from_the_worlds_own_law():
         assert (found - torch.linspace(0, 1, len(found))).abs().max() < tolerance
 
 
-def test_held_out_clips_are_never_trained_on():
-    """And those that settings are chosen by are not those of the tables."""
-    # sample.py --seed reaches that far
-    search, report = (data.held_out_ids(100_000, which) for which in ("search", "report"))
-    assert not set(search) & set(report) and data.held_out_ids(3) == search[:3]
-    run = train.Run(small_config(0, "--seed", "90"), train.new_network)  # the largest there is
-    run.step = 100_000
-    last = [clip for batch in run.batches("teacher") for clip in batch.clip_ids]
-    trajectories = 90 * 10_000_000 + 5_000_000 + 1_000_000
-    assert len(last) == 4 and max(*last, trajectories) < min(search[0], report[0])
-    assert min(last) >= 90 * 10_000_000
-
-
 def test_word_encoder():
     words = data.WordEncoder(4, 8)
     a, b = words.encode(["red disc", "disc"])

@@ -551,6 +551,13 @@ def test_non_finite_gradients_stop_the_run(tmp_path, capsys, monkeypatch):
     assert "stage 0, step 3: 3 non-finite gradients in a row" in capsys.readouterr().err
 
 
+def test_stage_2_stops_when_futures_are_forgotten():
+    past = [{"grad": 1.0}, {"spread": torch.nan}, {"spread": 0.8}, {"grad": 1.0}, {"spread": 0.41}]
+    assert not train.reason_to_stop([], 0.5) and not train.reason_to_stop(past, 0.5)
+    past.append({"spread": 0.39})
+    assert "0.390" in train.reason_to_stop(past, 0.5) and not train.reason_to_stop(past, 0.0)
+
+
 def test_stage_two_stops_early_and_stage_three_does_not(small_run, tmp_path, monkeypatch, capsys):
     """Spread is measured every --probe-every steps; a stage that stopped is finished."""
     spreads = iter([1.0, 0.4, 0.1, 1.0, 0.4, 0.1])
@@ -632,6 +639,18 @@ def test_an_anchor_needs_trajectories(small_run, tmp_path, capsys):
     assert "--ode-anchor 0" in said and said.count("\n") == 1
     assert not (tmp_path / "stage2").exists()
     train.main([*flags, "--ode-anchor", "0"])
+
+
+def test_levels_of_the_pass_that_made_the_clip():
+    """--gan-interval: between the time of the exit pass and the next; else anywhere."""
+    clips, x = data.Draws(range(400), "levels"), torch.zeros(400, 7, 1, 1, 1)
+    flags = ("--student-steps", 2, "--shift", 8, "--gan-shift", 1)
+    middle = 16 / 18
+    for more, exit_step, low, high in ((["--gan-interval"], 0, middle, 1),
+                                       (["--gan-interval"], 1, 0, middle), ([], 0, 0, 1)):
+        t = train.disc_level(small_config(3, *flags, *more), clips, x, exit_step)
+        assert (t[:, 0] == 0).all() and torch.equal(t[:, 1:], t[:, 1:2].expand(-1, 6))
+        assert low <= t[:, 1].min() < low + 0.02 and high - 0.02 < t[:, 1].max() <= high
 
 
 def test_the_discriminator_is_told_which_pass_it_was(monkeypatch):

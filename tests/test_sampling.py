@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import data
+import losses as L
 import sample
+from tests.common import rolled, tiny
 from utils import media
 from utils.errors import friendly_errors
 
@@ -86,3 +88,10 @@ def test_more_passes_cost_more_time(small_run):
                             steps))
         assert len(passes) == expected
     hook.remove()
+
+
+def test_passes_per_chunk_may_be_a_list():
+    """4 1: First-Frame Enhancement."""
+    _, shown = rolled(tiny(frames=10), steps=[4, 1])
+    passes = [call.t[0, 0].item() for call in shown if call.t[0, 0] > 0]
+    assert passes == pytest.approx([*L.schedule(4, 8.0), 1.0, 1.0])

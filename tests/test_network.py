@@ -1,0 +1,48 @@
+"""Attention kernels and numerics of the networks."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as M
+from discriminator import Discriminator
+from tests.common import inputs, network, relative, tiny
+
+
+def test_framewise_attention_is_dense_masked_attention():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 6, 4, 2, 8).unbind(0)  # (b, f, n, heads, d)
+    mask = M.block_causal_mask(6, 0, 2, reach=4, sink=1)
+    dense = F.scaled_dot_product_attention(
+        *(x.flatten(1, 2).transpose(1, 2) for x in (q, k, v)),
+        attn_mask=mask.repeat_interleave(4, 0).repeat_interleave(4, 1))
+    ours = M.framewise_attention(q, k, v, M.mask_to_groups(mask))
+    assert relative(ours.flatten(1, 2), dense.transpose(1, 2).flatten(2)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.bfloat16, 1e-2), (torch.float32, 1e-6)])
+def test_attention_backends_agree(dtype, near):
+    """The explicit product, used on CPU in bfloat16 while training, against SDPA: values,
+    gradients."""
+    torch.manual_seed(0)
+    exact = [x.requires_grad_() for x in torch.randn(3, 2, 24, 2, 8).unbind(0)]
+    ours = [x.detach().to(dtype).requires_grad_() for x in exact]
+    want = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in exact)).transpose(1, 2)
+    out = M.attention(*ours)
+    assert out.dtype == dtype and relative(out, want) < near
+    got = torch.autograd.grad(out.float().square().sum(), ours)
+    right = torch.autograd.grad(want.square().sum(), exact)
+    assert all(relative(a, b) < 2 * near for a, b in zip(got, right))
+
+
+def test_a_common_logit_does_not_blur_a_difference():
+    """A paired loss lets logits drift off together; small differences must survive in bfloat16."""
+    cfg, difference = tiny(), []
+    torch.manual_seed(0)
+    disc = Discriminator(network(cfg), [0, 1])
+    x, t, text = inputs(cfg)
+    for common in (0.0, 10.0):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            disc.out.bias.fill_(common)
+            difference.append((disc(x, t, text) - disc(x.flip(0), t, text))[0])
+    assert difference[0].abs() > 1e-4
+    assert abs(difference[1] - difference[0]) < 0.01 * abs(difference[0])
