@@ -186,7 +186,7 @@ def ode_step(run):
     times = torch.tensor([*L.schedule(cfg.ode_points, cfg.shift), 0.0], device=run.device)
     mask, chunks = stream_mask(cfg), (cfg.frames - cfg.first) // cfg.chunk
     for batch in run.batches("ode"):
-        path, text, *clean = run.trajectory(batch.draws, cfg.teacher_forcing)
+        path, text, *clean = run.trajectory(batch.draws)
         point = batch.draws.choice(cfg.ode_point_weights, chunks)  # one point per chunk
         point = L.per_chunk(point, cfg.ode_points, cfg)  # (b, f); the image is clean
 

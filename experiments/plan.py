@@ -108,12 +108,12 @@ class Rehearsal(Run):
         self.tokens = x0[0, :, 0].numel() // cfg.patch**2
         return Batch(clips, x0, draws.randn(cfg.text_len, cfg.text_dim), draws)
 
-    def trajectory(self, draws, with_context=False):
+    def trajectory(self, draws):
         cfg = self.cfg
         x0 = draws.randn(cfg.frames, cfg.in_dim, *latent_sides(cfg))
         states = x0[:, None].expand(-1, cfg.ode_points + 1, -1, -1, -1, -1)
         text = draws.randn(cfg.text_len, cfg.text_dim)
-        return (states, text, x0) if with_context else (states, text)
+        return (states, text, x0) if cfg.teacher_forcing else (states, text)
 
 
 class Imagined(Rehearsal):

@@ -160,14 +160,14 @@ class Run:
         x0, text = x0.to(self.device), text.to(self.device)
         return Batch(clip_ids, x0, text, self.draws(clip_ids, purpose))
 
-    def trajectory(self, draws, with_context=False):
-        """Teacher trajectories for a batch: states (b, points + 1, f, c, h, w), and texts.
-        with_context: and the clips (b, f, c, h, w) on which a causal teacher made them."""
+    def trajectory(self, draws):
+        """Teacher trajectories for a batch: states (b, points + 1, f, c, h, w), and texts; with
+        --teacher-forcing also the clips (b, f, c, h, w) whose chunks they continue."""
         numbers = (draws.rand(1)[:, 0] * len(self.trajectories)).long().tolist()
         rows = [read_tensors(self.trajectories[n]) for n in numbers]
         text = pad_sequence([row["text"] for row in rows], batch_first=True).to(self.device)
         states = torch.stack([row["states"] for row in rows]).to(self.device)
-        if not with_context:
+        if not self.cfg.teacher_forcing:
             return states, text
         return states, text, torch.stack([row["context"] for row in rows]).to(self.device)
 

@@ -367,7 +367,7 @@ def test_consistency_at_the_last_state_is_the_regression():
         for target in ("end", "consistency"):
             run = at_work(1, "--ode-target", target, "--ode-point-weights", *weights_of.split())
             path = torch.randn(4, 5, 7, 8, 8, 8, generator=torch.Generator().manual_seed(0))
-            run.trajectory = lambda draws, context, path=path: (path, torch.zeros(4, 6, 32))
+            run.trajectory = lambda draws, path=path: (path, torch.zeros(4, 6, 32))
             torch.manual_seed(0)
             for name in ("student", "ema"):
                 torch.manual_seed(1)
