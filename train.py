@@ -19,27 +19,24 @@ import contextlib
 import gc
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from einops import rearrange
 
 import losses as L
-from data import Draws, held_out_ids
 from discriminator import Discriminator, disc_outputs, has_heads
 from model import PRESETS, Config, build, stream_mask
-from sample import generate, rollout, with_cfg
+from sample import rollout, with_cfg
+from scale.clips import draw_samples, make_trajectories, probe_spread
 from scale.parallel import averaged, on_rank0, processes, say, world
-from scale.recipes import WAN_RECIPES, changes, stages_of
+from scale.recipes import WAN_RECIPES, changes, control_of, stages_of
 from scale.run import Run, check_start, prepare
 from scale.state import export, load_state, save_state
-from scale.trajectories import make_trajectories
 from utils.errors import catch_signals, friendly_errors, require
 from utils.files import clips_in
-from utils.media import video_writer, write_sheet
-from utils.runs import (StageLog, decide_resume, init_stage_dir, locked, reason_to_stop, stage_dir,
-                        start_from)
+from utils.runs import (StageLog, decide_resume, init_stage_dir, locked, reason_to_stop,
+                        stage_dir)
 from utils.settings import (Parser, add_fields, default_device, default_dtype, given_values,
                             synced_time, validate)
 
@@ -431,22 +428,6 @@ def distil_step(run):
     return log
 
 
-@torch.no_grad()
-def probe_spread(run, images=16, seeds=4):
-    """How far clips of one image differ by seed: the root of the variance of the last chunk's
-    quarters of a frame, the mean over held-out images. It falls when futures are forgotten; the
-    variance of whole latents does not, for it also grows as clips get sharper."""
-    number, ends = max(1, images // run.world), []
-    clip_ids = list(held_out_ids(images))[run.rank * number % images:][:number]
-    for i in range(0, number, run.cfg.micro_batch or number):
-        part = clip_ids[i:i + (run.cfg.micro_batch or number)]
-        batch = run.batch(part, "probe")
-        draws = [Draws(part, "probe", seed, device=run.device) for seed in range(seeds)]
-        clips = [student_clip(run, batch.x0, batch.text, d)[:, -run.cfg.chunk:] for d in draws]
-        ends.append(L.quarters(torch.stack(clips)).var(0))
-    return torch.cat(ends).mean().sqrt().item()
-
-
 STEPS = {0: teacher_step, 1: ode_step, 2: distil_step, 3: distil_step}
 
 
@@ -475,22 +456,6 @@ def new_network(cfg, name):
         return build(cfg)
     return Discriminator(build(cfg), cfg.disc_layers, cfg.disc_causal, cfg.disc_granularity,
                          cfg.disc_queries, disc_outputs(cfg))
-
-
-def draw_samples(run):
-    """samples.png and samples.gif: real clips, then what the stage makes of the same images."""
-    cfg = run.cfg
-    if not cfg.samples or not run.codec:  # latents alone cannot be shown
-        return
-    batch = run.batch(list(held_out_ids(cfg.samples)), "samples")
-    with run.autocast():
-        x = generate(run.nets["ema"], asdict(cfg), batch.x0[:, :cfg.first], batch.text,
-                     lambda n: batch.draws.randn(n, *batch.x0.shape[2:]), cfg.frames)
-    if run.is_main:
-        video = torch.cat([run.codec.decode(batch.x0), run.codec.decode(x)])
-        write_sheet(run.dir / "samples.png", video)
-        with video_writer(run.dir / "samples.gif", zoom=3) as write:
-            write(rearrange(video, "(r k) f c h w -> f c (r h) (k w)", r=2))
 
 
 # ---------------------------------------------------------------- the loop
@@ -569,16 +534,15 @@ def main(argv=None):
     overrides = parse(argv)
     control, stage = overrides.pop("control", False), overrides.get("stage", -1)
     with friendly_errors():
-        require(stage == -1 or not control, "--control is for the whole recipe: leave out --stage")
+        whole = stage == -1 and overrides.get("recipe", "aad-1") == "aad-1"
+        require(whole or not control, "--control is for the whole recipe of AAD-1: leave out "
+                "--stage and --recipe")
         require(stage != -1 or not {"tag", "init"} & overrides.keys(), "--tag and --init belong to "
                 "one stage: add --stage")
         with processes(overrides.get("device")):
             configs = [make_config(given, n) for n, given in stages_of(overrides)]
-            if control:  # stage 2 trained on from where stage 3 starts, for as many student steps
-                last = configs[-1]
-                more = dict(tag="control", init=str(start_from(last)[0]), student_start=0,
-                            iters=last.iters - last.student_start, stop_spread=0.0)
-                configs.append(make_config({**overrides, **more}, 2))
+            if control:
+                configs.append(make_config({**overrides, **control_of(configs[-1])}, 2))
             for cfg in configs:
                 train(cfg)
             if stage == -1 and world()[0] == 0:

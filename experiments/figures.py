@@ -9,6 +9,7 @@
     python experiments/figures.py fan out/toy        where clips of one image go, stage by stage
     python experiments/figures.py drift out/toy      error over ten clip lengths; or name stages
     python experiments/figures.py front out/table    error against energy of ablations.py's rows
+    python experiments/figures.py family out/toy     last frames of all relatives, and a GIF of each
     python experiments/figures.py gifs out/toy       the samples of every stage, copied
     python experiments/figures.py all out/toy        all that this run allows
 
@@ -35,10 +36,11 @@ from experiments.evaluate import future_paths, locate, make, states
 from losses import schedule
 from model import Config, KVCache, block_causal_mask, chunk_bounds
 from sample import load_stage
+from scale.recipes import FAMILY
 from train import RECIPES, TrainConfig
 from utils.errors import UsageError, friendly_errors, require
 from utils.files import atomic_write, read_json, read_text
-from utils.media import to_uint8
+from utils.media import to_uint8, video_writer
 from utils.settings import Parser
 
 INK, GREY, RULE, FAINT = "#262b33", "#666e79", "#c9ced6", "#eceff3"
@@ -338,11 +340,12 @@ def drift(assets, folders):
 
 
 def rows_of(out):
-    """{(folder, passes): (error, energy)}, means over seeds; passes are 0 where as trained."""
+    """{(folder, passes): (error, energy)}, means over seeds; passes are () where as trained."""
     found, out = {row: [] for row in NAMES}, Path(out)
     reports = sorted(out.glob("seed*/*/scores-report*.json"))
     for path in reports or [*out.glob("seed*/*/metrics.json"), *out.glob("*/metrics.json")]:
-        scores, passes = read_json(path), int(path.stem.partition("-steps")[2] or 0)
+        scores, passes = read_json(path), path.stem.partition("-steps")[2].replace("-", " ").split()
+        passes = tuple(map(int, passes))
         if {"quality_error", "energy"} <= scores.keys():
             row = found.setdefault((path.parent.name, passes), [])
             row.append((scores["quality_error"], scores["energy"]))
@@ -376,6 +379,33 @@ def front(assets, folders):
     save(page, assets, "front")
 
 
+def family(assets, folders):
+    """The last frames of the same ten clips, from every relative that a run holds; a GIF each."""
+    run, rows = Path(folders[0]), []
+    own = [run / f"stage{n}-{name}" for name, stages in FAMILY["toy"].items() for n in stages if n]
+    own = [run / "stage1", run / "stage2", run / "stage3", *own]
+    for stage in [folder for folder in own if (folder / "ema.safetensors").is_file()]:
+        net, codec, settings = load_stage(stage)
+        clips = held_out_ids(10, "report")
+        video, raws, _ = make(net, codec, settings, clips, settings["frames"], None)
+        if not rows:
+            rows.append(("real", torch.cat([raw["video"] for raw in raws])))
+        rows.append((stage.name.removeprefix("stage"), video))
+        if "-" in stage.name:
+            path = Path(assets) / f"family-{stage.name.partition('-')[2]}.gif"
+            with video_writer(path, zoom=2) as write:
+                write(rearrange(video, "k f c h w -> f c h (k w)"))
+            print(f"wrote {path}")
+    require(rows, f"{run} holds no finished stage: train a recipe first")
+    page = Figure(figsize=(9, 0.75 * len(rows)))
+    for ax, (name, video) in zip(page.subplots(len(rows), 1), rows):
+        ax.imshow(to_uint8(rearrange(video[:, -1], "k c h w -> c h (k w)")[None, None])[0, 0])
+        ax.set_ylabel(name, rotation=0, ha="right", va="center", color=INK, size=7.5)
+        ax.set(xticks=[], yticks=[])
+        ax.grid(False)
+    save(page, assets, "family")
+
+
 def gifs(assets, folders):
     """The samples that training left in stageN, as stageN.gif and stageN.png."""
     sources = sorted(Path(folders[0]).glob("stage[0-3]/samples.*"))
@@ -396,7 +426,8 @@ def example(assets, _):
     print(f"wrote {path}")
 
 
-FIGURES = {f.__name__: f for f in (masks, recipe, cache, example, curves, fan, drift, front, gifs)}
+FIGURES = {f.__name__: f for f in (masks, recipe, cache, example, curves, fan, drift, front, family,
+                                 gifs)}
 
 
 def main(argv=None):

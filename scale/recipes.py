@@ -99,3 +99,9 @@ def stages_of(given):
     for n in own:  # a recipe may bring a teacher of its own
         stages.append((n, {k: v for k, v in given.items() if k != "teacher" or k not in own[n]}))
     return stages
+
+
+def control_of(last):
+    """Stage 3's control: stage 2 trained on from where it starts, for as many student steps."""
+    return dict(tag="control", init=last.init or f"{last.out}/stage2", student_start=0,
+                iters=last.iters - last.student_start, stop_spread=0.0)

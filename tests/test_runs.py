@@ -583,7 +583,7 @@ def test_spread_of_a_student_that_ignores_its_noise(monkeypatch):
         def rolled(model, first, text, randn, *_, **__):
             return [first, first.expand(-1, 3, -1, -1, -1) if ignores else randn(3)]
 
-        monkeypatch.setattr(train, "rollout", rolled)
+        monkeypatch.setattr(sample, "rollout", rolled)
         assert train.probe_spread(run) == pytest.approx(spread, abs=0.02)
 
 

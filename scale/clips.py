@@ -1,0 +1,81 @@
+"""Clips that a stage makes beside its steps: trajectories to learn from, probes, samples."""
+from dataclasses import asdict
+
+import torch
+from einops import rearrange
+from tqdm import tqdm
+
+import losses as L
+from data import Draws, held_out_ids
+from model import stream_mask
+from sample import generate, sample_ode, with_cfg
+from scale.parallel import barrier, on_rank0, world
+from utils.files import save_tensors
+from utils.media import video_writer, write_sheet
+
+
+def make_trajectories(run):
+    """The teacher's ODE trajectories at the student's points, a file each. Existing files stay."""
+    cfg, folder, at_once = run.cfg, run.dir / "trajectories", run.cfg.micro_batch or 32
+    files = [folder / f"{n:06d}.safetensors" for n in range(cfg.trajectories)]
+    missing = on_rank0(lambda: [n for n, file in enumerate(files) if not file.is_file()])
+    own = missing[run.rank::run.world]
+    own += missing[:1] * (-(-len(missing) // run.world) - len(own))  # as many passes on all ranks
+    keep = range(0, cfg.ode_steps, cfg.ode_steps // cfg.ode_points)
+    for i in tqdm(range(0, len(own), at_once), desc="trajectories", disable=not run.is_main):
+        numbers = own[i:i + at_once]
+        clip_ids = [cfg.seed * 10_000_000 + 5_000_000 + n for n in numbers]
+        batch = run.batch(clip_ids, "trajectories")
+        image = 0 if run.data.latent and run.data.only_text else cfg.first
+        teacher = run.nets["teacher"]
+        if cfg.teacher_forcing:  # a causal teacher makes all chunks at once, each on a real past
+            teacher = L.on_clean_context(teacher, batch.x0, stream_mask(cfg))
+        velocity = with_cfg(teacher, batch.text, cfg.guidance, run.negative)
+        noise, times = batch.draws.randn(*batch.x0.shape[1:]), L.schedule(cfg.ode_steps, cfg.shift)
+        with run.autocast():
+            end, states = sample_ode(velocity, noise, batch.x0[:, :image], times, keep)
+        if world()[0] % cfg.context_parallel == 0:  # the others of a group have made the same
+            paths = torch.stack([*states, end], 1)
+            for n, path, text, x0 in zip(numbers, paths, batch.text, batch.x0):
+                past = {"context": x0} if cfg.teacher_forcing else {}
+                save_tensors(files[n], {"states": path, "text": text, **past})
+    barrier()
+    run.trajectories = files
+
+
+def sample_clips(run, name, batch, draws):
+    """Clips (b, f, c, h, w) that one of a stage's networks makes of the images of a batch."""
+    cfg = run.cfg
+    with run.autocast():
+        return generate(run.nets[name], asdict(cfg), batch.x0[:, :cfg.first], batch.text,
+                        lambda n: draws.randn(n, *batch.x0.shape[2:]), cfg.frames)
+
+
+@torch.no_grad()
+def probe_spread(run, images=16, seeds=4):
+    """How far clips of one image differ by seed: the root of the variance of the last chunk's
+    quarters of a frame, the mean over held-out images. It falls when futures are forgotten; the
+    variance of whole latents does not, for it also grows as clips get sharper."""
+    number, ends = max(1, images // run.world), []
+    clip_ids = list(held_out_ids(images))[run.rank * number % images:][:number]
+    for i in range(0, number, run.cfg.micro_batch or number):
+        part = clip_ids[i:i + (run.cfg.micro_batch or number)]
+        batch = run.batch(part, "probe")
+        draws = [Draws(part, "probe", seed, device=run.device) for seed in range(seeds)]
+        clips = [sample_clips(run, "student", batch, d)[:, -run.cfg.chunk:] for d in draws]
+        ends.append(L.quarters(torch.stack(clips)).var(0))
+    return torch.cat(ends).mean().sqrt().item()
+
+
+def draw_samples(run):
+    """samples.png and samples.gif: real clips, then what the stage makes of the same images."""
+    cfg = run.cfg
+    if not cfg.samples or not run.codec:  # latents alone cannot be shown
+        return
+    batch = run.batch(list(held_out_ids(cfg.samples)), "samples")
+    x = sample_clips(run, "ema", batch, batch.draws)
+    if run.is_main:
+        video = torch.cat([run.codec.decode(batch.x0), run.codec.decode(x)])
+        write_sheet(run.dir / "samples.png", video)
+        with video_writer(run.dir / "samples.gif", zoom=3) as write:
+            write(rearrange(video, "(r k) f c h w -> f c (r h) (k w)", r=2))
