@@ -283,14 +283,6 @@ def test_preconditioning_keeps_unit_variance(level):
     assert target.var().item() == pytest.approx(1.0, abs=0.02)
 
 
-@torch.no_grad()
-def test_preconditioning_predicts_minus_x0_at_pure_noise():
-    net = M.build(tiny(precondition=True)).init_weights()  # zero output layer
-    x, t, text = inputs(net.cfg)
-    assert torch.allclose(net(x, torch.ones_like(t), text), x, atol=1e-6)
-    assert torch.allclose(net(x, torch.zeros_like(t), text), -x, atol=1e-6)
-
-
 # ---------------------------------------------------------------- losses
 
 def test_conditioning_frames_carry_no_loss_and_parts_add_up():
@@ -380,18 +372,19 @@ def test_a_logit_sees_what_it_should(causal, granularity, shape):
 # Known answers, or their calls are recorded().
 
 def test_dmd_points_from_the_fake_score_to_the_teacher():
-    """With a teacher that answers `target` and a fake score that answers x, it is x - target."""
-    run = rehearsal(2)
+    """With a fake score that answers x, it is x - what the teacher answers, guided: here `target`
+    with the caption and `away` without."""
+    run = rehearsal(2, "--guidance", 2)
     batch = next(run.batches("roll"))
-    x, target = batch.x0, torch.randn_like(batch.x0)
-    answers = {"teacher": flow_to(target), "fake": flow_to(x)}
+    x, (target, away) = batch.x0, torch.randn(2, *batch.x0.shape)
+    answers = {"teacher": flow_to(torch.cat([target, away])), "fake": flow_to(x)}
     run.nets = {name: Known(run.cfg, answer) for name, answer in answers.items()}
     shown = [recorded(net) for net in run.nets.values()]
     grad, _ = train.dmd_term(run, x, batch, batch.draws, 0)
-    direction = (x - target)[:, 1:]
+    direction = (x - L.guide(target, away, 2.0))[:, 1:]
     assert F.cosine_similarity(grad.flatten(), direction.flatten(), 0) > 0.99
     for call, in shown:
-        assert (call.t[:, 0] == 0).all() and torch.equal(call.x[:, 0], x[:, 0])
+        assert (call.t[:, 0] == 0).all() and torch.equal(call.x[:len(x), 0], x[:, 0])
         assert (call.t[:, 1:] == call.t[:, 1:2]).all() and call.t[:, 1:].min() >= 0.02
 
 
@@ -403,6 +396,17 @@ def test_the_student_climbs_the_discriminator(loss):
     batch = next(run.batches("roll"))
     grad, _ = train.gan_term(run, batch.x0, batch, batch.draws, 0)
     assert grad.shape == batch.x0[:, 1:].shape and (grad < 0).all()
+
+
+@pytest.mark.parametrize("loss", L.GAN_LOSSES)
+def test_the_discriminator_learns_to_put_real_clips_above_generated_ones(loss):
+    """A logit is `weight` times the clip, generated clips are brighter: the weight falls."""
+    run = rehearsal(3, "--gan-loss", loss)
+    batch = next(run.batches("roll"))
+    disc = Known(run.cfg, lambda x, t, text: disc.weight * x.flatten(1).mean(1))
+    run.nets["disc"], run.update = disc, lambda name: None
+    train.disc_step(run, [(batch, batch.x0 + 1)], 0, 0)
+    assert disc.weight.grad > 0
 
 
 def test_weights_of_the_terms_are_applied_once(monkeypatch):
@@ -440,16 +444,17 @@ def test_what_the_discriminator_is_shown():
 
 
 @pytest.mark.parametrize("stage, batches, name, step", [
-    (0, "teacher", "student", lambda run, batch: train.teacher_step(run)),
-    (2, "roll", "fake", lambda run, batch: train.fake_score_step(run, [(batch, batch.x0)], 0, 0))])
+    (0, "teacher", "student", lambda run, *_: train.teacher_step(run)),
+    (2, "roll", "fake", lambda run, *pair: train.fake_score_step(run, [pair], 0, 0))])
 def test_the_image_is_clean_and_the_clip_at_one_level(stage, batches, name, step):
-    """As the teacher sees real clips, and the fake score generated ones."""
+    """As the teacher sees real clips, and the fake score generated ones, here far brighter."""
     run = rehearsal(stage)
     batch, calls = next(run.batches(batches)), recorded(run.nets[name])
-    step(run, batch)
+    step(run, batch, torch.cat([batch.x0[:, :1], batch.x0[:, 1:] + 100], 1))
     call, = calls
     assert (call.t[:, 0] == 0).all() and torch.equal(call.x[:, 0], batch.x0[:, 0])
     assert (call.t[:, 1:] > 0).all() and (call.t[:, 1:] == call.t[:, 1:2]).all()
+    assert (call.x[:, 1:].mean() > 1) == (name == "fake")
 
 
 def test_stage_1_shows_every_chunk_at_its_own_level_and_what_the_cache_keeps():
@@ -569,6 +574,19 @@ def test_an_exit_step_leaves_early():
     assert not torch.equal(one[1], second[1])
 
 
+def test_every_pass_sees_noise_of_its_own_level():
+    """A student that answers 0 is shown nothing but noise, of standard deviation t."""
+    net, (x, _, text), g = network(tiny()), inputs(tiny()), torch.Generator().manual_seed(0)
+    calls = recorded(net)
+    net.register_forward_hook(lambda _, args, flow: args[0] / L.expand_t(args[1]).clamp_min(1e-6))
+    list(sample.rollout(net, x[:, :1], text, lambda n: torch.randn(2, n, 4, 4, 4, generator=g), 7,
+                        steps=4))
+    passes = [call for call in calls if call.t[0, 0] > 0]
+    assert len(passes) == 8
+    for call in passes:
+        assert call.x.std().item() == pytest.approx(call.t[0, 0].item(), rel=0.1)
+
+
 @pytest.mark.parametrize("level", [0.0, 0.1])
 def test_context_passes_show_the_finished_chunk_at_the_context_level(level):
     """image, chunk, its context pass, chunk: t is the level, and at 0 the very chunk is shown."""
@@ -577,12 +595,6 @@ def test_context_passes_show_the_finished_chunk_at_the_context_level(level):
     for call, t in zip(shown, (level, 1.0, level, 1.0)):
         assert torch.allclose(call.t, torch.tensor(t))
     assert torch.equal(context.x, chunks[1]) == (level == 0)
-
-
-def test_without_context_passes_there_are_none():
-    """--context-level below 0: only the image is passed to fill the cache."""
-    _, shown = rolled(tiny(), context_level=-1.0)
-    assert len(shown) == 3 and (shown[0].t == 0).all()
 
 
 def test_gradients_of_a_rollout():
@@ -607,15 +619,6 @@ def test_gradients_of_a_rollout():
     reached = torch.autograd.grad(again.sum(), noises, allow_unused=True, retain_graph=True)
     assert [y is not None for y in reached[:4]] == [False, False, False, True]
     assert relative(torch.autograd.grad(again.sum(), key)[0], plain) > 1e-3
-
-
-def test_a_rollout_can_be_given_its_noise():
-    net, (start, _, text) = network(tiny()), inputs(tiny())
-    chunks = iter(start[:, 1:].split(3, 1))
-    with torch.no_grad():
-        one = list(sample.rollout(net, start[:, :1], text, lambda n: next(chunks), 7))
-        two = list(sample.rollout(net, start[:, :1], text, lambda n: None, 7, start=start))
-    assert all(torch.equal(a, b) for a, b in zip(one, two))
 
 
 def test_a_cut_clip_is_cut_at_its_end():
