@@ -11,7 +11,7 @@ import json
 
 from tests.common import (HERE, Known, command, flow_to, inputs, largest_difference, logs, network,
                           recorded, rehearsal, relative, rolled, several_processes, small_config,
-                          timeless, tiny, weights)
+                          small_run, timeless, tiny, weights)
 
 import pytest
 import torch
