@@ -110,3 +110,16 @@ def test_a_rollout_can_be_given_its_noise():
         one = list(sample.rollout(net, start[:, :1], text, lambda n: next(chunks), 7))
         two = list(sample.rollout(net, start[:, :1], text, lambda n: None, 7, start=start))
     assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+def test_without_context_passes_gradients_still_end_at_the_chunk():
+    """What the exit pass leaves in the cache is detached."""
+    net, (x, _, text), noises = network(tiny()), inputs(tiny()), []
+
+    def randn(number):
+        noises.append(torch.randn(2, number, 4, 4, 4).requires_grad_())
+        return noises[-1]
+
+    *_, last = sample.rollout(net, x[:, :1], text, randn, 7, grad=True, context_level=-1.0)
+    reached = torch.autograd.grad(last.sum(), noises, allow_unused=True)
+    assert [y is not None for y in reached] == [False, True]
