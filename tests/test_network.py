@@ -46,3 +46,11 @@ def test_a_common_logit_does_not_blur_a_difference():
             difference.append((disc(x, t, text) - disc(x.flip(0), t, text))[0])
     assert difference[0].abs() > 1e-4
     assert abs(difference[1] - difference[0]) < 0.01 * abs(difference[0])
+
+
+@torch.no_grad()
+def test_preconditioning_predicts_minus_x0_at_pure_noise():
+    net = M.build(tiny(precondition=True)).init_weights()  # zero output layer
+    x, t, text = inputs(net.cfg)
+    assert torch.allclose(net(x, torch.ones_like(t), text), x, atol=1e-6)
+    assert torch.allclose(net(x, torch.zeros_like(t), text), -x, atol=1e-6)

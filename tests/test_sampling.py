@@ -11,7 +11,7 @@ import torch
 import data
 import losses as L
 import sample
-from tests.common import rolled, tiny
+from tests.common import inputs, network, rolled, tiny
 from utils import media
 from utils.errors import friendly_errors
 
@@ -95,3 +95,31 @@ def test_passes_per_chunk_may_be_a_list():
     _, shown = rolled(tiny(frames=10), steps=[4, 1])
     passes = [call.t[0, 0].item() for call in shown if call.t[0, 0] > 0]
     assert passes == pytest.approx([*L.schedule(4, 8.0), 1.0, 1.0])
+
+
+def test_without_context_passes_there_are_none():
+    """--context-level below 0: only the image is passed to fill the cache."""
+    _, shown = rolled(tiny(), context_level=-1.0)
+    assert len(shown) == 3 and (shown[0].t == 0).all()
+
+
+def test_a_rollout_can_be_given_its_noise():
+    net, (start, _, text) = network(tiny()), inputs(tiny())
+    chunks = iter(start[:, 1:].split(3, 1))
+    with torch.no_grad():
+        one = list(sample.rollout(net, start[:, :1], text, lambda n: next(chunks), 7))
+        two = list(sample.rollout(net, start[:, :1], text, lambda n: None, 7, start=start))
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+def test_without_context_passes_gradients_still_end_at_the_chunk():
+    """What the exit pass leaves in the cache is detached."""
+    net, (x, _, text), noises = network(tiny()), inputs(tiny()), []
+
+    def randn(number):
+        noises.append(torch.randn(2, number, 4, 4, 4).requires_grad_())
+        return noises[-1]
+
+    *_, last = sample.rollout(net, x[:, :1], text, randn, 7, grad=True, context_level=-1.0)
+    reached = torch.autograd.grad(last.sum(), noises, allow_unused=True)
+    assert [y is not None for y in reached] == [False, True]

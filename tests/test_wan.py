@@ -37,6 +37,19 @@ def test_misuse_of_the_network_is_explained():
                   "here")
 
 
+@pytest.mark.parametrize("preset, keys", [("wan-1.3b", 825), ("wan-14b", 1095)])
+def test_parameter_names_are_wans(preset, keys):
+    with torch.device("meta"):
+        net = M.build(M.Config(**M.PRESETS[preset]))
+    names, d = {k: tuple(v.shape) for k, v in net.state_dict().items()}, net.cfg.dim
+    assert len(names) == keys == 27 * net.cfg.num_layers + 15
+    assert names["patch_embedding.weight"] == (d, 16, 1, 2, 2)
+    assert names["head.modulation"] == (1, 2, d) and names["blocks.7.modulation"] == (1, 6, d)
+    assert names["blocks.0.self_attn.norm_q.weight"] == (d,)
+    assert names["blocks.3.ffn.0.weight"] == (net.cfg.ffn_dim, d)
+    assert names["text_embedding.0.weight"] == (d, 4096)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["single", "sharded", "bfloat16", "generator", "generator_ema"])
 def test_official_checkpoints_load_strictly(tmp_path, kind):
