@@ -1,4 +1,5 @@
 """What sample.py needs around the method: its flags, the inputs of toy and Wan networks, speeds."""
+import bisect
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,8 @@ from utils.settings import Parser, cuda_or_cpu, flag
 
 INF = math.inf
 LIMITS = {"frames": (0, INF), "fps": (0, 1000), "zoom": (0, 100), "context_level": (-INF, 1),
-          "seed": (0, 2 ** 63 - 1), "chunk": (1, INF), "sink": (0, INF), "window": (1, INF)}
+          "seed": (0, 2 ** 63 - 65), "futures": (1, 64),
+          "chunk": (1, INF), "sink": (0, INF), "window": (1, INF)}
 
 
 def flags(description):
@@ -29,9 +31,14 @@ def flags(description):
     source.add_argument("--image", nargs="+", help="Picture to animate; its centre is cut to "
                         "shape. As many as the network was given frames (--first).")
     source.add_argument("--from-data", action="store_true", help="Animate the first frame of a "
-                        "held-out clip, with its caption.")
+                        "held-out clip, with its caption. Default, if there is no --prompt.")
     add("--prompt", help="Caption. Default: that of the held-out clip, or none.")
-    add("--frames", type=int, default=0, help="Frames to write. Default: as trained.")
+    add("--prompt-at", nargs=2, action="append", default=[], metavar=("FRAME", "CAPTION"),
+        help="Another caption for the chunks that begin at this frame or later. Can be repeated.")
+    add("--futures", type=int, help="Videos of one image side by side, the first with --seed, the "
+        "next with --seed + 1, ... Default: 1; 4 if no image is named.")
+    add("--frames", type=int, default=0, help="Frames to write. Default: as trained; 25 if "
+        "no image is named.")
     add("--steps", type=int, nargs="+", help="Network passes per chunk. Several numbers: one per "
         "chunk, the last for all that follow (4 1 is First-Frame Enhancement).")
     add("--chunk", type=int, help="Latent frames per chunk. Default: as trained.")
@@ -60,6 +67,9 @@ def arguments(argv, description):
     require(Path(args.out).suffix.lower() in FFMPEG, f"{args.out}: use a name that ends in "
             f"{endings}")
     check_device(args.device)
+    begins = [whole_number(frame, "--prompt-at") for frame, _ in args.prompt_at]
+    require(begins == sorted(set(begins)), "--prompt-at takes each frame once, in rising order")
+    args.prompt_at = list(zip(begins, [text for _, text in args.prompt_at]))
     if args.image:  # before minutes of loading
         read_images(args.image, parse_size(args.size or "16x16"))
     return args
@@ -70,8 +80,48 @@ def read_images(paths, size):
     return torch.cat([read_image(path, size) for path in paths], 1)
 
 
+def whole_number(text, name):
+    """A whole number from 0 that was typed as a part of a flag."""
+    require(text.isdecimal() and len(text) < 16, f"{name} {text[:40]} does not work: give a frame "
+            "number from 0")
+    return int(text)
+
+
+def inputs(args, codec, settings, where):
+    """(codec, image latents (b, k, c, h, w), text, captions in words) of --futures equal rows.
+
+    text: (b, l, d), or with --prompt-at a callable for rollout(), latent frame -> (b, l, d)."""
+    if codec is None:
+        codec, first, encode, caption = wan_inputs(args, settings, where)
+    else:
+        codec, first, encode, caption = toy_inputs(args, codec, settings, where)
+    number = args.futures or 1
+    first = first.to(args.device)[:, :settings["first"]].expand(number, -1, -1, -1, -1)
+    begins = [math.ceil((frame - 1) / codec.ratio) + 1 if frame else 0
+              for frame, _ in args.prompt_at]
+    captions = [caption, *(words for _, words in args.prompt_at)]
+    texts = [encode(words).to(args.device).expand(number, -1, -1) for words in captions]
+    said = ", ".join([f'"{caption}"', *(f'from frame {frame} "{words}"'
+                                        for frame, words in args.prompt_at)])
+    if not begins:
+        return codec, first, texts[0], said
+    return codec, first, lambda frame: texts[bisect.bisect_right(begins, frame)], said
+
+
+def seeded_noise(first, seed):
+    """randn for rollout(): row i of the batch is drawn from a seed of its own, `seed` + i."""
+    streams = [torch.Generator().manual_seed(seed + i) for i in range(len(first))]
+
+    def randn(number):
+        rows = [torch.randn(number, *first.shape[2:], generator=stream) for stream in streams]
+        return torch.stack(rows).to(first.device)
+
+    return randn
+
+
 def wan_inputs(args, settings, where):
-    """(codec, image latents, embedded text, caption) for a network that was trained on latents."""
+    """(codec, image latents, callable caption -> (1, l, d), caption) for a network that was trained
+    on latents."""
     from scale.wan import CaptionEncoder, WanCodec  # needs requirements-wan.txt
     complete = args.vae and args.text_encoder and (args.image or args.prompt)
     require(complete, f"{where} was trained on latents: add --vae, --text-encoder, and --image or "
@@ -82,17 +132,22 @@ def wan_inputs(args, settings, where):
     first = torch.empty(1, 0, settings["in_dim"], height // 8, width // 8)  # no image
     if args.image:
         first = codec.encode(read_images(args.image, (height, width)))
-    caption = args.prompt or ""
-    return codec, first, words.encode(caption)[None], caption
+    return codec, first, lambda caption: words.encode(caption)[None], args.prompt or ""
 
 
 def toy_inputs(args, codec, settings, where):
-    """The same for a network that was trained on frames."""
+    """The same for a network that was trained on frames. Nothing named: four futures of a held-out
+    clip."""
     image = settings["first"]
     require(not (args.vae or args.text_encoder or args.size), f"{where} has its own codec and text "
             "encoder: leave out --vae, --text-encoder and --size")
     require(image or args.from_data or args.prompt, f"{where} was trained without an image: add "
             "--prompt, or --from-data for a held-out clip's caption")
+    if image and not (args.image or args.from_data or args.prompt):
+        args.from_data = True
+        args.futures = args.futures or 4
+        if settings["stage"]:  # a teacher makes clips of the trained length
+            args.frames = args.frames or 25  # long enough to see the futures part
     require(not image or args.image or args.from_data, f"{where} animates an image: add --image, "
             "or --from-data for a held-out clip's")
     pixels, caption = torch.zeros(1, 1, 3, settings["size"], settings["size"]), ""
@@ -108,7 +163,16 @@ def toy_inputs(args, codec, settings, where):
     if args.prompt is not None:
         caption = args.prompt
     words = WordEncoder(settings["text_len"], settings["text_dim"])
-    return codec, codec.encode(pixels), words.encode([caption]), caption
+    return codec, codec.encode(pixels), lambda caption: words.encode([caption]), caption
+
+
+def what(args, said, where):
+    """What a video shows, for the command's last line."""
+    number = args.futures or 1
+    if number == 1:
+        return f"{said} by {where}"
+    return (f"{said} by {where}, {number} futures side by side: one image, seeds {args.seed} to "
+            f"{args.seed + number - 1}")
 
 
 def rates(marks, image):

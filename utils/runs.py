@@ -14,6 +14,8 @@ from model import Config
 from utils.errors import UsageError, require
 from utils.files import atomic_write, read_json, write_json
 
+SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "student"
+
 # Settings that may change when a stage is resumed: they do not change its numbers.
 FREE = ("out resume device micro_batch activation_checkpointing context_parallel compile "
         "max_bad_steps save_every samples eval_clips").split()
@@ -40,12 +42,15 @@ def trajectory_dirs(cfg):
 
 
 def newest_stage(root="out"):
-    """The stage that was finished last in a run under `root`."""
+    """The stage that was finished last in a run under `root`; without one, the toy's student that
+    comes with the repository (experiments/ship.py)."""
     done = Path(root).glob("*/stage*/ema.safetensors")
     done = sorted(done, key=lambda path: path.stat().st_mtime)
-    require(done, f"no finished stage under {root}/: run python train.py first, or name one with "
-            "--weights")
-    return done[-1].parent
+    if done:
+        return done[-1].parent
+    require(SHIPPED.is_dir(), f"no finished stage under {root}/ and none in {SHIPPED}: run python "
+            "train.py first, or name one with --weights")
+    return SHIPPED
 
 
 def read_settings(folder):
@@ -61,7 +66,7 @@ def read_settings(folder):
     if "stage" in settings:
         missing = [field.name for field in fields(Config) if field.name not in settings]
         require(not missing, f"{config} lacks {', '.join(missing)}: train the stage again")
-        return {**settings, "where": str(folder)}
+        return {**settings, "where": "assets/student" if folder == SHIPPED else str(folder)}
     has_weights = any(p.suffix in (".safetensors", ".pt") for p in folder.glob("*"))
     require(folder.is_file() or has_weights, f"{folder} holds no finished stage and no weights: "
             "train it first (python train.py --stage N), or name another")
