@@ -19,6 +19,21 @@ LIMITS = {"frames": (0, INF), "fps": (0, 1000), "zoom": (0, 100), "context_level
 
 def flags(description):
     """The parser of sample.py's command line."""
+    parser = stream_flags(description)
+    add = parser.add_argument
+    add("--frames", type=int, default=0, help="Frames to write. Default: as trained; 25 if "
+        "no image is named.")
+    add("--prompt-at", nargs=2, action="append", default=[], metavar=("FRAME", "CAPTION"),
+        help="Another caption for the chunks that begin at this frame or later. Can be repeated.")
+    add("--futures", type=int, help="Videos of one image side by side, the first with --seed, the "
+        "next with --seed + 1, ... Default: 1; 4 if no image is named.")
+    add("--zoom", type=int, default=0, help="Enlarge pixels. Default: toy frames to about 256.")
+    add("--out", default="sample.mp4", help="File to write, .mp4 or .gif.")
+    return parser
+
+
+def stream_flags(description):
+    """The part of it that experiments/live.py has, too: what is streamed, not where it goes."""
     parser = Parser(description)
     add = parser.add_argument
     add("--weights", help="Folder of a stage, or a student's official weights. "
@@ -33,12 +48,6 @@ def flags(description):
     source.add_argument("--from-data", action="store_true", help="Animate the first frame of a "
                         "held-out clip, with its caption. Default, if there is no --prompt.")
     add("--prompt", help="Caption. Default: that of the held-out clip, or none.")
-    add("--prompt-at", nargs=2, action="append", default=[], metavar=("FRAME", "CAPTION"),
-        help="Another caption for the chunks that begin at this frame or later. Can be repeated.")
-    add("--futures", type=int, help="Videos of one image side by side, the first with --seed, the "
-        "next with --seed + 1, ... Default: 1; 4 if no image is named.")
-    add("--frames", type=int, default=0, help="Frames to write. Default: as trained; 25 if "
-        "no image is named.")
     add("--steps", type=int, nargs="+", help="Network passes per chunk. Several numbers: one per "
         "chunk, the last for all that follow (4 1 is First-Frame Enhancement).")
     add("--chunk", type=int, help="Latent frames per chunk. Default: as trained.")
@@ -49,30 +58,33 @@ def flags(description):
     add("--seed", type=int, default=0, help="Random seed, and number of the held-out clip.")
     add("--device", default=cuda_or_cpu(), help="cuda, mps or cpu.")
     add("--fps", type=float, default=0, help="Frame rate of the file. Default: 8, for latents 16.")
-    add("--zoom", type=int, default=0, help="Enlarge pixels. Default: toy frames to about 256.")
-    add("--out", default="sample.mp4", help="File to write, .mp4 or .gif.")
     return parser
 
 
 def arguments(argv, description):
     """The command line, checked as far as it can be without the weights."""
     args = flags(description).parse_args(argv)
+    check_stream_flags(args)
+    endings = " or ".join(FFMPEG)
+    require(Path(args.out).suffix.lower() in FFMPEG, f"{args.out}: use a name that ends in "
+            f"{endings}")
+    begins = [whole_number(frame, "--prompt-at") for frame, _ in args.prompt_at]
+    require(begins == sorted(set(begins)), "--prompt-at takes each frame once, in rising order")
+    args.prompt_at = list(zip(begins, [text for _, text in args.prompt_at]))
+    return args
+
+
+def check_stream_flags(args):
+    """Numbers in their limits, a device that is there, pictures that can be read."""
     for name, (least, most) in LIMITS.items():
-        value = getattr(args, name)
+        value = vars(args).get(name)
         require(value is None or least <= value <= most,
                 f"{flag(name)} {value} does not work: use {least} to {most}")
     least = min(args.steps or [1])
     require(least >= 1, f"--steps {least} does not work: use 1 or more")
-    endings = " or ".join(FFMPEG)
-    require(Path(args.out).suffix.lower() in FFMPEG, f"{args.out}: use a name that ends in "
-            f"{endings}")
     check_device(args.device)
-    begins = [whole_number(frame, "--prompt-at") for frame, _ in args.prompt_at]
-    require(begins == sorted(set(begins)), "--prompt-at takes each frame once, in rising order")
-    args.prompt_at = list(zip(begins, [text for _, text in args.prompt_at]))
     if args.image:  # before minutes of loading
         read_images(args.image, parse_size(args.size or "16x16"))
-    return args
 
 
 def read_images(paths, size):
@@ -91,21 +103,28 @@ def inputs(args, codec, settings, where):
     """(codec, image latents (b, k, c, h, w), text, captions in words) of --futures equal rows.
 
     text: (b, l, d), or with --prompt-at a callable for rollout(), latent frame -> (b, l, d)."""
-    if codec is None:
-        codec, first, encode, caption = wan_inputs(args, settings, where)
-    else:
-        codec, first, encode, caption = toy_inputs(args, codec, settings, where)
+    codec, first, encode, caption = one_input(args, codec, settings, where)
     number = args.futures or 1
-    first = first.to(args.device)[:, :settings["first"]].expand(number, -1, -1, -1, -1)
+    first = first.expand(number, -1, -1, -1, -1)
     begins = [math.ceil((frame - 1) / codec.ratio) + 1 if frame else 0
               for frame, _ in args.prompt_at]
     captions = [caption, *(words for _, words in args.prompt_at)]
-    texts = [encode(words).to(args.device).expand(number, -1, -1) for words in captions]
+    texts = [encode(words).expand(number, -1, -1) for words in captions]
     said = ", ".join([f'"{caption}"', *(f'from frame {frame} "{words}"'
                                         for frame, words in args.prompt_at)])
     if not begins:
         return codec, first, texts[0], said
     return codec, first, lambda frame: texts[bisect.bisect_right(begins, frame)], said
+
+
+def one_input(args, codec, settings, where):
+    """(codec, image latents (1, k, c, h, w), callable caption -> (1, l, d), caption)."""
+    if codec is None:
+        codec, first, encode, caption = wan_inputs(args, settings, where)
+    else:
+        codec, first, encode, caption = toy_inputs(args, codec, settings, where)
+    first = first.to(args.device)[:, :settings["first"]]
+    return codec, first, lambda words: encode(words).to(args.device), caption
 
 
 def seeded_noise(first, seed):
