@@ -18,11 +18,10 @@ import contextlib
 import gc
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from tqdm import tqdm
 
 import losses as L
@@ -31,12 +30,12 @@ from discriminator import Discriminator
 from model import PRESETS, Config, block_causal_mask, build
 from sample import generate, rollout, sample_ode, with_cfg
 from scale.parallel import averaged, barrier, on_rank0, processes, say, world
+from scale.pictures import draw_preview, draw_samples
 from scale.recipes import WAN_RECIPES
 from scale.run import Run, check_start, prepare
 from scale.state import export, load_state, save_state
 from utils.errors import catch_signals, friendly_errors, require
 from utils.files import clips_in, save_tensors
-from utils.media import video_writer, write_sheet
 from utils.runs import (StageLog, decide_resume, init_stage_dir, locked, reason_to_stop, stage_dir,
                         start_from)
 from utils.settings import (Parser, add_fields, default_device, default_dtype, given_values,
@@ -81,6 +80,8 @@ class TrainConfig(Config):
     save_every: int = 200           # steps between saved states; 0: only at the end
     eval_clips: int = 64            # held-out clips behind metrics.json; 0: no scores
     samples: int = 8                # clips in samples.png and samples.gif; 0: no pictures
+    preview_every: int = 0          # steps between previews in samples.png; 0: none
+    log: str = ""                   # tensorboard or wandb: what log.jsonl has, there too
     # stage 0: the teacher
     text_drop: float = 0.1          # share of captions dropped, for guidance
     train_shift: float = 6.0        # timestep shift of training times; low: motion is learnt late
@@ -409,29 +410,13 @@ def make_trajectories(run):
     run.trajectories = files
 
 
-def draw_samples(run):
-    """samples.png and samples.gif: real clips, then what the stage makes of the same images."""
-    cfg = run.cfg
-    if not cfg.samples or not run.codec:  # latents alone cannot be shown
-        return
-    batch = run.batch(list(held_out_ids(cfg.samples)), "samples")
-    with run.autocast():
-        x = generate(run.nets["ema"], asdict(cfg), batch.x0[:, :cfg.first], batch.text,
-                     lambda n: batch.draws.randn(n, *batch.x0.shape[2:]), cfg.frames)
-    if run.is_main:
-        video = torch.cat([run.codec.decode(batch.x0), run.codec.decode(x)])
-        write_sheet(run.dir / "samples.png", video)
-        with video_writer(run.dir / "samples.gif", zoom=3) as write:
-            write(rearrange(video, "(r k) f c h w -> f c (r h) (k w)", r=2))
-
-
 # ---------------------------------------------------------------- the loop
 def loop(run):
     """The loop of every stage, to its last step or the early stop; returns steps a second. After
     SIGTERM or Ctrl-C, all processes finish the step, save, and exit with 128 + the signal."""
     cfg, resumed_at, started = run.cfg, run.step, synced_time(run.device)
     stop_fraction = cfg.stop_spread if cfg.stage == 2 else 0.0
-    log = StageLog(run.dir, run.step, cfg.iters, run.is_main)
+    log = StageLog(run.dir, run.step, cfg.iters, run.is_main, cfg.log)
     reason = reason_to_stop(log.rows, stop_fraction)
     run.began -= 60 * log.minutes  # as if it had never been interrupted
     with catch_signals(signal.SIGTERM, signal.SIGINT) as received:
@@ -442,6 +427,7 @@ def loop(run):
                 row["motion"] /= max(1e-9, row.pop("real_motion"))
             run.step += 1
             log.add(run.step, (time.time() - run.began) / 60, row)
+            draw_preview(run, generate)
             if cfg.save_every and run.step % cfg.save_every == 0 or terminated:
                 save_state(run)
             if terminated:
@@ -476,7 +462,7 @@ def train(cfg):
         if not cfg.save_every or run.step % cfg.save_every:  # else the loop has just saved
             save_state(run)
         export(run)
-        draw_samples(run)
+        draw_samples(run, generate)
         minutes, clips = (time.time() - run.began) / 60, cfg.eval_clips if run.codec else 0
         words = run.result_in_words(minutes, speed)
         del run

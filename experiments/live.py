@@ -202,8 +202,9 @@ class Stream:
             rate = None
             if len(self.times) > 1:
                 rate = (len(self.times) - 1) / max(1e-9, self.times[-1] - self.times[0])
-            return {**self.shown, "shown": rate, "passes": self.wanted["passes"],
-                    "seed": self.wanted["seed"], "viewers": self.viewers, "error": self.error,
+            return {**self.shown, "shown": rate, "wanted": self.wanted["caption"],
+                    "passes": self.wanted["passes"], "seed": self.wanted["seed"],
+                    "viewers": self.viewers, "error": self.error,
                     "recording": self.wanted["record"], "toy": self.data is not None,
                     "recorded": self.recorded and self.recorded.name,
                     "network": f"{self.where}, on {self.args.device}"}

@@ -89,7 +89,7 @@ class Browser:
             assert time.monotonic() < limit, f"{expression}: {self.run('document.body.innerText')}"
             time.sleep(0.1)
 
-    def screenshot(self, width=920, height=560):
+    def screenshot(self, width=920, height=640):
         """The page as PNG."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height,
                   deviceScaleFactor=1, mobile=False)

@@ -335,6 +335,7 @@ def test_in_a_browser(server, tmp_path):
         browser.wait("document.getElementById('video').naturalWidth == 256")
         browser.wait("document.getElementById('numbers').textContent.includes('frames a second')")
         one = browser.screenshot()
+        assert browser.run("document.getElementById('caption').value") == status(server)["wanted"]
         browser.run("document.getElementById('caption').value = 'green square moving left'")
         browser.run("document.querySelector('#words button').click()")
         browser.wait("document.getElementById('numbers').textContent.includes('green square')")
