@@ -1,6 +1,6 @@
 """Sampling: the teacher's ODE, the student's causal rollout, and the command that makes a video.
 
-    python sample.py --from-data                       animate a held-out toy image
+    python sample.py                                   four futures of one image, side by side
     python sample.py --image assets/example.png --prompt "cyan disc moving left" --out video.mp4
     python sample.py --from-data --frames 1000         stream at constant memory
 
@@ -21,7 +21,7 @@ from data import PatchCodec
 from losses import add_noise, guide, make_timesteps, schedule, x0_from_flow
 from model import PRESETS, Config, KVCache, build
 from utils.errors import catch_signals, friendly_errors, require
-from utils.media import video_writer
+from utils.media import side_by_side, video_writer
 from utils.runs import newest_stage, read_settings
 from utils.settings import synced_time
 from utils.weights import load_into, open_weights
@@ -81,6 +81,7 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
     first          (b, k, c, h, w) conditioning image, a chunk of its own; k = 0 for none
     randn          callable (number of frames) -> noise (b, number, c, h, w)
     frames         stop at this many, the image included; the last chunk is whole. None: endless
+    text           (b, l, d), or a callable (first frame of a chunk) -> that chunk's text
     steps          passes per chunk; a list: one number per chunk, the last for all that follow
     exit_step      end a chunk after this pass (0-based; Self Forcing draws it), not after its last;
                    a list like `steps`
@@ -96,17 +97,20 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
     cfg = model.cfg
     cache = KVCache(cfg.sink, cfg.window, detach=not cache_grad)
     passes, exits = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (steps, exit_step))
+    text_at = text if callable(text) else lambda frame: text
     done, finished = first.shape[1], None  # frames so far, and the chunk that the cache lacks
     if done:
         yield first
         finished = first
+    words = text_at(0)
     while frames is None or done < frames:
         carries = grad and not (grad_chunks and frames - done > grad_chunks * cfg.chunk)
         if finished is first or (finished is not None and context_level >= 0):
             level = max(0.0, context_level)
-            context_pass(model, cache, finished, text, level, randn, carries and cache_grad)
+            context_pass(model, cache, finished, words, level, randn, carries and cache_grad)
         elif finished is not None:
             cache.commit()
+        words = text_at(done)  # after the context pass, which keeps the finished chunk's own text
         times, last = schedule(passes[0], cfg.shift), passes[0] - 1
         if exits[0] is not None:
             last = min(exits[0], last)
@@ -115,7 +119,7 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
         for i, t in enumerate(times[:last + 1]):
             t = make_timesteps(t, x, 0)
             with torch.set_grad_enabled(carries and i == last):
-                flow = model(x, t, text, cache=cache)
+                flow = model(x, t, words, cache=cache)
                 x0 = x0_from_flow(x, flow, t)
             if i < last:
                 noise = x0 + flow if ode else randn(cfg.chunk)
@@ -180,10 +184,11 @@ def load(args):
     overrides = {name: value for name, value in typed.items() if value is not None}
     require(not args.preset or "where" not in settings, f"{where} knows its shape: leave out "
             "--preset")
-    streamed = overrides or len(args.steps or [0]) > 1  # asks for what a stream alone has
+    # what a stream alone has
+    streamed = overrides or len(args.steps or [0]) > 1 or args.prompt_at
     require(settings["stage"] or not streamed, f"{where} is a teacher, which makes a clip at once: "
-            "leave out --chunk, --sink, --window and --context-level, give --steps one number, or "
-            "name a later stage with --weights")
+            "leave out --chunk, --sink, --window, --context-level and --prompt-at, give --steps one "
+            "number, or name a later stage with --weights")
     image, given, wanted = settings["first"], len(args.image or []), 0
     remedy = "leave out --image and add --prompt"
     if image:  # latent frames -> frames of the video
@@ -199,23 +204,15 @@ def load(args):
 @torch.no_grad()
 def main(argv=None):
     """Write one clip to one file."""
-    from scale.serve import arguments, rates, toy_inputs, wan_inputs  # the plumbing
+    from scale.serve import arguments, inputs, rates, seeded_noise, what  # the plumbing
     args = arguments(argv, __doc__)
     net, codec, settings, where = load(args)
-    if codec is None:
-        codec, first, text, caption = wan_inputs(args, settings, where)
-    else:
-        codec, first, text, caption = toy_inputs(args, codec, settings, where)
-    first, text = first.to(args.device)[:, :settings["first"]], text.to(args.device)
-    noise = torch.Generator().manual_seed(args.seed)
+    codec, first, text, caption = inputs(args, codec, settings, where)
+    randn = seeded_noise(first, args.seed)
     frames = args.frames or 1 + codec.ratio * (settings["frames"] - 1)
     latents = 1 + math.ceil((frames - 1) / codec.ratio)
     steps = args.steps[0] if len(args.steps or ()) == 1 else args.steps  # a number: for all chunks
     fps, zoom = (8, max(1, 256 // settings["size"])) if codec.ratio == 1 else (16, 1)
-
-    def randn(number):
-        return torch.randn(1, number, *first.shape[2:], generator=noise).to(args.device)
-
     chunks = generate_chunks(net, settings, first, text, randn, latents, steps)
     decode = codec.decoder()
     half = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
@@ -223,14 +220,15 @@ def main(argv=None):
     with half, video_writer(args.out, args.fps or fps, args.zoom or zoom) as write:
         with catch_signals(signal.SIGINT, signal.SIGTERM) as received:
             for chunk in tqdm(chunks, unit="chunk"):
-                pixels = decode(chunk)[0][:frames - written]
+                pixels = side_by_side(decode(chunk))[:frames - written]
                 drawn = synced_time(first.device)
                 write(pixels)
                 written += len(pixels)
                 marks.append((time.perf_counter() - began, time.perf_counter() - drawn, written))
                 if received:  # Ctrl-C or SIGTERM: keep what has been written of a long stream
                     break
-    print(f'{args.out}: {written} frames of "{caption}"; {rates(marks, first.shape[1] > 0)}')
+    print(f"{args.out}: {written} frames of {what(args, caption, where)}; "
+          f"{rates(marks, first.shape[1] > 0)}")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ import losses as L
 from discriminator import Discriminator, disc_outputs, has_heads
 from model import PRESETS, Config, build, stream_mask
 from sample import rollout, with_cfg
-from scale.clips import draw_samples, make_trajectories, probe_spread
+from scale.clips import make_trajectories, probe_spread
 from scale.parallel import averaged, on_rank0, processes, say, world
+from scale.pictures import draw_preview, draw_samples
 from scale.recipes import WAN_RECIPES, changes, control_of, stages_of
 from scale.run import Run, check_start, prepare
 from scale.state import export, load_state, save_state
@@ -80,6 +81,8 @@ class TrainConfig(Config):
     save_every: int = 200           # steps between saved states; 0: only at the end
     eval_clips: int = 64            # held-out clips behind metrics.json; 0: no scores
     samples: int = 8                # clips in samples.png and samples.gif; 0: no pictures
+    preview_every: int = 0          # steps between previews in samples.png; 0: none
+    log: str = ""                   # tensorboard or wandb: what log.jsonl has, there too
     # stage 0: the teacher
     text_drop: float = 0.1          # share of captions dropped, for guidance
     train_shift: float = 6.0        # timestep shift of training times; low: motion is learnt late
@@ -464,7 +467,7 @@ def loop(run):
     SIGTERM or Ctrl-C, all processes finish the step, save, and exit with 128 + the signal."""
     cfg, resumed_at, started = run.cfg, run.step, synced_time(run.device)
     stop_fraction = cfg.stop_spread if cfg.stage == 2 else 0.0
-    log = StageLog(run.dir, run.step, cfg.iters, run.is_main)
+    log = StageLog(run.dir, run.step, cfg.iters, run.is_main, cfg.log)
     reason = reason_to_stop(log.rows, stop_fraction)
     run.began -= 60 * log.minutes  # as if it had never been interrupted
     with catch_signals(signal.SIGTERM, signal.SIGINT) as received:
@@ -475,6 +478,7 @@ def loop(run):
                 row["motion"] /= max(1e-9, row.pop("real_motion"))
             run.step += 1
             log.add(run.step, (time.time() - run.began) / 60, row)
+            draw_preview(run)
             if cfg.save_every and run.step % cfg.save_every == 0 or terminated:
                 save_state(run)
             if terminated:

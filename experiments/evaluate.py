@@ -6,6 +6,8 @@ state is known.
     python experiments/evaluate.py DIR --clips 256 --steps 4   more clips, four passes per chunk
     python experiments/evaluate.py DIR --held-out report       the clips kept for tables
     python experiments/evaluate.py DIR_OF_VIDEOS               0.mp4, 1.gif: held-out toy clips
+    python experiments/evaluate.py out/wan/stage3 --vbench DIR --vbench-info FILE --vbench-images
+        DIR --vae DIR --text-encoder DIR                       videos for VBench-I2V, to score there
 
 The names are VBench's, the definitions are ours: a toy clip can be compared with the truth instead
 of with a network's taste. Scores on 0-100, higher is better; errors are fractions of the object's
@@ -31,11 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import (COLOURS, HELD_OUT_SETS, KINDS, Draws, PatchCodec, ToyWorld, WordEncoder, dataset,
                   held_out_ids)
+from experiments.vbench import make_videos
 from sample import generate, load_stage
-from utils.errors import UsageError, friendly_errors, require
+from utils.errors import UsageError, check_device, friendly_errors, require
 from utils.files import read_json, write_json
 from utils.media import VIDEO_ENDINGS, read_video
-from utils.settings import Parser, as_words, has_bfloat16
+from utils.settings import Parser, as_words, cuda_or_cpu, has_bfloat16
 
 BROKEN = 0.25  # a frame with a larger error shows no object
 LAG = 4  # frames over which displacement is measured
@@ -463,9 +466,14 @@ def main(argv=None):
     parser.add_argument("--no-long", action="store_true",
                         help="leave out the 4 times longer rollout (drift, long error) and the "
                              "futures (energy, spread)")
+    add_vbench(parser)
     args = parser.parse_args(argv)
     require(min(args.clips, *(args.steps or [1])) >= 1, "--clips and --steps must be positive")
     steps = args.steps[0] if args.steps and len(args.steps) == 1 else args.steps
+    check_device(args.device)
+    if args.vbench:
+        require(len(args.folders) == 1, "--vbench takes one folder: that of a Wan student")
+        return make_videos(args, args.folders[0])
     rows = []
     for folder in map(Path, args.folders):
         require(folder.is_dir(), f"{folder} is not a folder: name a stage such as out/toy/stage3, "
@@ -483,6 +491,19 @@ def main(argv=None):
         before = read_json(metrics) if metrics.is_file() else {}  # the minutes
         write_json(metrics, {**before, **scores})
     print(table(rows))
+
+
+def add_vbench(parser):
+    """Flags of --vbench."""
+    add = parser.add_argument
+    add("--vbench", metavar="DIR", help="make the videos that VBench-I2V reads, of a Wan student")
+    add("--vbench-info", metavar="FILE", help="VBench's vbench2_i2v_full_info.json")
+    add("--vbench-images", metavar="DIR", help="VBench's cropped images, such as data/crop/16-9")
+    add("--vae", help="folder of Wan's VAE")
+    add("--text-encoder", help="folder of Wan's text encoder")
+    add("--preset", help="shape of official weights: wan-1.3b or wan-14b")
+    add("--size", help="height x width; default: 480x832")
+    add("--device", default=cuda_or_cpu(), help="cuda, mps or cpu")
 
 
 def real_row(folder, clips, which):

@@ -1,8 +1,7 @@
-"""Clips that a stage makes beside its steps: trajectories to learn from, probes, samples."""
+"""Clips that a stage makes beside its steps: trajectories to learn from, and a probe of futures."""
 from dataclasses import asdict
 
 import torch
-from einops import rearrange
 from tqdm import tqdm
 
 import losses as L
@@ -11,7 +10,6 @@ from model import stream_mask
 from sample import generate, sample_ode, with_cfg
 from scale.parallel import barrier, on_rank0, world
 from utils.files import save_tensors
-from utils.media import video_writer, write_sheet
 
 
 def make_trajectories(run):
@@ -43,12 +41,12 @@ def make_trajectories(run):
     run.trajectories = files
 
 
-def sample_clips(run, name, batch, draws):
+def sample_clips(run, name, batch, draws, steps=None):
     """Clips (b, f, c, h, w) that one of a stage's networks makes of the images of a batch."""
     cfg = run.cfg
     with run.autocast():
         return generate(run.nets[name], asdict(cfg), batch.x0[:, :cfg.first], batch.text,
-                        lambda n: draws.randn(n, *batch.x0.shape[2:]), cfg.frames)
+                        lambda n: draws.randn(n, *batch.x0.shape[2:]), cfg.frames, steps)
 
 
 @torch.no_grad()
@@ -65,17 +63,3 @@ def probe_spread(run, images=16, seeds=4):
         clips = [sample_clips(run, "student", batch, d)[:, -run.cfg.chunk:] for d in draws]
         ends.append(L.quarters(torch.stack(clips)).var(0))
     return torch.cat(ends).mean().sqrt().item()
-
-
-def draw_samples(run):
-    """samples.png and samples.gif: real clips, then what the stage makes of the same images."""
-    cfg = run.cfg
-    if not cfg.samples or not run.codec:  # latents alone cannot be shown
-        return
-    batch = run.batch(list(held_out_ids(cfg.samples)), "samples")
-    x = sample_clips(run, "ema", batch, batch.draws)
-    if run.is_main:
-        video = torch.cat([run.codec.decode(batch.x0), run.codec.decode(x)])
-        write_sheet(run.dir / "samples.png", video)
-        with video_writer(run.dir / "samples.gif", zoom=3) as write:
-            write(rearrange(video, "(r k) f c h w -> f c (r h) (k w)", r=2))

@@ -291,6 +291,8 @@ def prepare(run, networks):
 
 def check_start(cfg, latents):
     """The weights that a stage starts from are elsewhere, and fit its clips."""
+    require(not latents or not cfg.preview_every, f"--preview-every draws frames, and {cfg.data} "
+            "holds latents, which alone cannot be shown: leave it out, and use sample.py")
     for path in start_from(cfg) if starts_from_weights(cfg) else ():
         require(path.resolve() != stage_dir(cfg).resolve(), f"{path} cannot start from itself: "
                 "choose another --tag or --out")

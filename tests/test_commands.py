@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import data
 import sample
 import train
-from experiments import ablations, bench, evaluate, figures, plan
+from experiments import ablations, bench, evaluate, figures, plan, ship
 from scale import encode
 from tests.common import (HERE, SMALL, WAN, colour_clip, several_processes, shell,
                           small_vae_and_text_encoder, small_wan)
@@ -37,7 +37,8 @@ def readme_commands():
 MAINS = {"train.py": train.main, "sample.py": sample.main, "data.py": data.main,
          "experiments/evaluate.py": evaluate.main, "experiments/ablations.py": ablations.main,
          "experiments/figures.py": figures.main, "experiments/plan.py": plan.main,
-         "experiments/bench.py": bench.main, "scale.encode": encode.main}
+         "experiments/bench.py": bench.main, "experiments/ship.py": ship.main,
+         "scale.encode": encode.main}
 
 
 def run_readme_command(command, status, cwd):
@@ -102,6 +103,7 @@ def shortened(line, folder, wan):
     more = {"train.py": [*SMALL, "--iters", "2", *scores],
             "experiments/evaluate.py": ["--clips", "2"],
             "experiments/figures.py": ["--assets", str(folder / "pictures")],
+            "experiments/ship.py": ["--assets", str(folder / "pictures")],
             "experiments/ablations.py": ["--print", "--out", str(folder / "table")]}.get(script, [])
     if "wan-1.3b" in command or "wan-14b" in command:
         # captions alone do not tell it
@@ -118,7 +120,7 @@ def shortened(line, folder, wan):
         more = ["--collect-only"]
     if command[0] == "torchrun":
         command[1:1] = ["--master_port", "29513"]
-    if command[0] == "pip":
+    if command[0] == "pip" or script == "experiments/live.py":  # which has tests of its own
         return None
     drawn = script == "experiments/figures.py" and importlib.util.find_spec("matplotlib") is None
     return command + more, 2 if "umt5" in command and not wan or drawn else 0

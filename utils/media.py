@@ -7,6 +7,7 @@ from pathlib import Path
 import imageio.v2 as iio
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from imageio.v3 import improps, imread
 from imageio_ffmpeg import count_frames_and_secs
@@ -121,6 +122,14 @@ def to_uint8(frames):
     """(..., 3, H, W) in [-1, 1] -> numpy (..., H, W, 3) uint8"""
     scaled = (frames.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
     return scaled.round().byte().movedim(-3, -1).numpy()
+
+
+def side_by_side(video, gap=2):
+    """Clips (b, f, 3, H, W) in [-1, 1] as one (f, 3, H, W'), in a row with white gaps between.
+
+    gap: pixels, an even number, since mp4 halves the sides for colour."""
+    joined = rearrange(F.pad(video, (0, gap), value=1.0), "b f c h w -> f c h (b w)")
+    return joined[..., :joined.shape[-1] - gap]
 
 
 def count_frames(path):

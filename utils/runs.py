@@ -13,10 +13,13 @@ from tqdm import tqdm
 from model import Config
 from utils.errors import UsageError, require
 from utils.files import atomic_write, read_json, write_json
+from utils.tracking import open_tracker
+
+SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "student"
 
 # Settings that may change when a stage is resumed: they do not change its numbers.
 FREE = ("out resume device micro_batch activation_checkpointing context_parallel compile "
-        "max_bad_steps save_every samples eval_clips").split()
+        "max_bad_steps save_every samples eval_clips preview_every log").split()
 
 
 def stage_dir(cfg):
@@ -47,12 +50,15 @@ def trajectory_dirs(cfg):
 
 
 def newest_stage(root="out"):
-    """The stage that was finished last in a run under `root`."""
+    """The stage that was finished last in a run under `root`; without one, the toy's student that
+    comes with the repository (experiments/ship.py)."""
     done = Path(root).glob("*/stage*/ema.safetensors")
     done = sorted(done, key=lambda path: path.stat().st_mtime)
-    require(done, f"no finished stage under {root}/: run python train.py first, or name one with "
-            "--weights")
-    return done[-1].parent
+    if done:
+        return done[-1].parent
+    require(SHIPPED.is_dir(), f"no finished stage under {root}/ and none in {SHIPPED}: run python "
+            "train.py first, or name one with --weights")
+    return SHIPPED
 
 
 def read_settings(folder):
@@ -68,7 +74,7 @@ def read_settings(folder):
     if "stage" in settings:
         missing = [field.name for field in fields(Config) if field.name not in settings]
         require(not missing, f"{config} lacks {', '.join(missing)}: train the stage again")
-        return {**settings, "where": str(folder)}
+        return {**settings, "where": "assets/student" if folder == SHIPPED else str(folder)}
     has_weights = any(p.suffix in (".safetensors", ".pt") for p in folder.glob("*"))
     require(folder.is_file() or has_weights, f"{folder} holds no finished stage and no weights: "
             "train it first (python train.py --stage N), or name another")
@@ -201,15 +207,17 @@ def reason_to_stop(rows, fraction):
 
 
 class StageLog:
-    """log.jsonl and the progress bar of a stage; of processes that are not `main`, neither.
+    """log.jsonl, the progress bar and the `tracker` (--log) of a stage; of processes that are not
+    `main`, none of them.
 
     rows: of all steps so far; minutes: at the last of them."""
 
-    def __init__(self, folder, step, iters, main):
+    def __init__(self, folder, step, iters, main, tracker=""):
         self.rows, self.file = read_log(folder, step), None
         self.minutes = self.rows[-1]["minutes"] if self.rows else 0.0
         self.bar = tqdm(total=iters, initial=step, desc=folder.name, disable=not main,
                         mininterval=1.0)
+        self.tracker = open_tracker(tracker if main else "", folder, step)
         if main:
             with atomic_write(folder / "log.jsonl") as temporary:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
@@ -221,6 +229,8 @@ class StageLog:
         if self.file:
             self.file.write(json.dumps(self.rows[-1]) + "\n")
             self.file.flush()
+        if self.tracker:
+            self.tracker.add(step, self.rows[-1])
         self.bar.update()
         words = {name: f"{value:.3g}" for name, value in numbers.items()}
         self.bar.set_postfix(words, refresh=False)
@@ -230,3 +240,5 @@ class StageLog:
         self.bar.close()
         if self.file:
             self.file.close()
+        if self.tracker:
+            self.tracker.close()

@@ -15,6 +15,7 @@ import torch
 from losses import GAN_LOSSES
 from model import chunk_bounds
 from utils.errors import UsageError, check_device, require
+from utils.tracking import check_tracker
 
 INF = math.inf
 LIMITS = (  # least, most, in words, the settings that have to lie between
@@ -22,6 +23,7 @@ LIMITS = (  # least, most, in words, the settings that have to lie between
      "context_parallel disc_queries r1r2_every max_bad_steps size codec_patch window dim ffn_dim "
      "freq_dim num_heads num_layers in_dim patch text_len text_dim"),
     (0, INF, "at least 0", "iters micro_batch save_every eval_clips samples fps sink lr fake_lr "
+     "preview_every "
      "disc_lr muon_lr backbone_lr weight_decay lr_warmup student_start fake_updates disc_updates "
      "guidance dmd_weight dmd_diff_weight gan_weight gan_ratio ode_anchor probe_every r1r2_weight "
      "r1r2_sigma disc_weight grad_chunks"),
@@ -249,6 +251,9 @@ def validate(cfg):
             "letters, digits and dashes")
     require(cfg.data != str(Path(cfg.out).resolve()), f"--out {cfg.out} is the folder of the "
             "clips: choose another")
+    require(cfg.samples or not cfg.preview_every, "--samples 0 leaves --preview-every nothing to "
+            "draw: leave one of them out")
+    check_tracker(cfg.log)
     check_network(cfg)
     check_training(cfg)
     check_relatives(cfg)
