@@ -1,5 +1,6 @@
 """Errors that a user can fix: one sentence on stderr, a non-zero exit status, no traceback."""
 import contextlib
+import os
 import signal
 import sys
 
@@ -14,6 +15,12 @@ def require(condition, sentence):
     """Raise UsageError with this sentence unless the condition holds."""
     if not condition:
         raise UsageError(sentence)
+
+
+def first_process():
+    """Whether this is the first process of a run, or its only one: what all would say alike, it
+    says alone."""
+    return os.environ.get("RANK", "") in ("", "0")
 
 
 def first_line(error):

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from utils.errors import UsageError, first_line, require
 from utils.files import atomic_write
+from utils.video import iter_video, over_white
 
 VIDEO_ENDINGS = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -48,22 +49,30 @@ def image_files(folder):
     return sorted(images, key=natural)
 
 
-def fit_frame(frame, size):
-    """(H, W, 3 or 4) or grey (H, W) uint8 -> (3, h, w) uint8: resized (anti-aliased) until it
-    covers size = (h, w), or the side of a square; the centre is kept."""
+def fit_frame(frame, size, aspect=1.0):
+    """(H, W, 3) uint8 -> (3, h, w) uint8: resized (anti-aliased) until it covers size = (h, w), or
+    the side of a square; the centre is kept. aspect: width of the frame's pixels over height."""
     height, width = (size, size) if isinstance(size, int) else size
-    image = Image.fromarray(frame).convert("RGB")
+    image = Image.fromarray(frame)
+    if aspect > 1:
+        image = image.resize((round(image.width * aspect), image.height))
+    elif aspect < 1:
+        image = image.resize((image.width, round(image.height / aspect)))
     fitted = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
 
 
 def load_picture(path):
     """An image file as (H, W, 3) uint8, rotated as its EXIF says; grey (8 or 16 bits), palette and
-    CMYK become RGB."""
+    CMYK become RGB, transparent parts white."""
     first_frame = dict(plugin="pillow", index=0)
     if improps(path, **first_frame).dtype == np.uint16:  # Pillow would clip at 255
         grey = imread(path, rotate=True, **first_frame) >> 8
         return grey.astype(np.uint8)[..., None].repeat(3, 2)
+    with Image.open(path) as image:
+        transparent = image.has_transparency_data
+    if transparent:
+        return over_white(imread(path, rotate=True, mode="RGBA", **first_frame))
     return imread(path, rotate=True, mode="RGB", **first_frame)
 
 
@@ -78,27 +87,20 @@ def read_image(path, size):
     return fit_frame(frame, size)[None, None].float() / 127.5 - 1
 
 
-def open_frames(path, stack):
-    """The raw frames of a video file or a folder of images, and their rate (0 for a folder)."""
-    if path.is_dir():
-        return map(load_picture, image_files(path)), 0
-    reader = stack.enter_context(iio.get_reader(path))
-    info = reader.get_meta_data()
-    return reader, info.get("fps") or 1000 / max(1, info.get("duration") or 100)
-
-
 def iter_frames(path, size, fps=0.0):
-    """The frames (3, h, w) uint8 of a video file or a folder of images, one by one, thinned to
-    `fps` unless that is 0. Raises UsageError if it cannot be read or is empty."""
+    """The frames (3, h, w) uint8 of a video file or a folder of images, one by one; those of a file
+    are thinned to `fps` unless that is 0. Raises UsageError if it cannot be read or is empty."""
     path, taken = Path(path), 0
     try:
-        with contextlib.ExitStack() as stack:
-            frames, rate = open_frames(path, stack)
-            thin = 0 < fps < rate
-            for i, frame in enumerate(frames):
-                if not thin or i == int(taken * rate / fps):
-                    yield fit_frame(frame, size)
-                    taken += 1
+        if path.is_dir():
+            frames = ((load_picture(file), 1.0) for file in image_files(path))
+        else:
+            frames = iter_video(path, fps)
+        for pixels, aspect in frames:
+            yield fit_frame(pixels, size, aspect)
+            taken += 1
+    except UsageError:
+        raise
     except Exception as error:
         raise UsageError(f"{path} cannot be read as a video ({first_line(error)}): remove it, or "
                          "convert it to mp4") from None
