@@ -35,7 +35,7 @@ from scale.recipes import WAN_RECIPES
 from scale.run import Run, check_start, prepare
 from scale.state import export, load_state, save_state
 from utils.errors import catch_signals, friendly_errors, require
-from utils.files import clips_in, save_tensors
+from utils.files import clips_in, save_finite
 from utils.media import video_writer, write_sheet
 from utils.runs import (StageLog, decide_resume, init_stage_dir, locked, reason_to_stop, stage_dir,
                         start_from)
@@ -404,7 +404,7 @@ def make_trajectories(run):
             end, states = sample_ode(velocity, noise, batch.x0[:, :image], times, keep)
         if world()[0] % cfg.context_parallel == 0:  # the others of a group have made the same
             for n, path, text in zip(numbers, torch.stack([*states, end], 1), batch.text):
-                save_tensors(files[n], {"states": path, "text": text})
+                save_finite(files[n], {"states": path, "text": text})
     barrier()
     run.trajectories = files
 
@@ -428,13 +428,13 @@ def draw_samples(run):
 # ---------------------------------------------------------------- the loop
 def loop(run):
     """The loop of every stage, to its last step or the early stop; returns steps a second. After
-    SIGTERM or Ctrl-C, all processes finish the step, save, and exit with 128 + the signal."""
+    SIGTERM, SIGUSR1, SIGHUP or Ctrl-C, all finish the step, save, exit with 128 + the signal."""
     cfg, resumed_at, started = run.cfg, run.step, synced_time(run.device)
     stop_fraction = cfg.stop_spread if cfg.stage == 2 else 0.0
     log = StageLog(run.dir, run.step, cfg.iters, run.is_main)
     reason = reason_to_stop(log.rows, stop_fraction)
     run.began -= 60 * log.minutes  # as if it had never been interrupted
-    with catch_signals(signal.SIGTERM, signal.SIGINT) as received:
+    with catch_signals() as received:
         while run.step < cfg.iters and not reason:
             row = averaged({**STEPS[cfg.stage](run), "terminated": float(bool(received))})
             terminated = row.pop("terminated")
@@ -502,10 +502,10 @@ def main(argv=None):
     control, stage = overrides.pop("control", False), overrides.get("stage", -1)
     stages = range("teacher" in overrides, 4) if stage == -1 else [stage]
     with friendly_errors():
-        require(stage == -1 or not control, "--control is for the whole recipe: leave out --stage")
-        require(stage != -1 or not {"tag", "init"} & overrides.keys(), "--tag and --init belong to "
-                "one stage: add --stage")
         with processes(overrides.get("device")):
+            require(stage == -1 or not control, "--control needs all stages: leave out --stage")
+            require(stage != -1 or not {"tag", "init"} & overrides.keys(), "--tag and --init "
+                    "belong to one stage: add --stage")
             configs = [make_config(overrides, stage) for stage in stages]
             if control:  # stage 2 trained on from where stage 3 starts, for as many student steps
                 last = configs[-1]

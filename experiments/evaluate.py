@@ -41,7 +41,7 @@ from data import (
     held_out_ids,
 )
 from sample import generate, load_stage
-from utils.errors import UsageError, friendly_errors, require
+from utils.errors import UsageError, WriteError, friendly_errors, require
 from utils.files import read_json, write_json
 from utils.media import VIDEO_ENDINGS, read_video
 from utils.settings import Parser, has_bfloat16
@@ -294,7 +294,8 @@ def general_scores(video, real, first=1):
         * F.cosine_similarity(low(video), low(video[:, :1]), dim=2)[:, first:]
         .mean()
         .item(),
-        "dynamic_degree": change(video) / max(change(real), 1e-9),
+        # relative to clips that stand still it has no meaning
+        "dynamic_degree": change(video) / change(real) if change(real) > 1e-4 else math.nan,
         "motion_smoothness": 100 * (1 - bend.clamp(max=1)).item(),
     }
 
@@ -536,7 +537,7 @@ def main(argv=None):
         args.clips >= 1 and (args.steps is None or args.steps >= 1),
         "--clips and --steps must be positive",
     )
-    rows = []
+    rows, unsaved = [], []
     for folder in map(Path, args.folders):
         require(
             folder.is_dir(),
@@ -553,8 +554,10 @@ def main(argv=None):
         if args.steps or args.no_long:  # scores of another kind than those in metrics.json
             continue
         before = read_json(metrics) if metrics.is_file() else {}  # the minutes
-        write_json(metrics, {**before, **scores})
+        unsaved.append((metrics, {**before, **scores}))
     print(table(rows))
+    for metrics, scores in unsaved:  # the table first: a full disk must not cost it
+        write_json(metrics, scores)
 
 
 def real_row(folder, clips, which):
@@ -565,7 +568,10 @@ def real_row(folder, clips, which):
     if known.items() >= asked.items():
         return known
     scores = real_scores(folder, clips, which=which)
-    write_json(path, scores)
+    try:
+        write_json(path, scores)
+    except WriteError as error:  # only the time to compute them again
+        print(error, file=sys.stderr)
     return scores
 
 

@@ -39,13 +39,18 @@ def parse_size(text):
 
 # ---------------------------------------------------------------- reading
 
+def hidden(path):
+    """Whether a name is one that programs leave behind: .ipynb_checkpoints, ._a.mp4, @eaDir."""
+    return path.name.startswith((".", "@", "#", "$", "__MACOSX"))
+
+
 def image_files(folder):
     """The images of a folder in the order of their names, numbers by value: 2.png before 10.png."""
     def natural(path):
         parts = re.split(r"(\d+)", path.name)
         return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
-    images = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
+    images = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS and not hidden(p))
     return sorted(images, key=natural)
 
 
@@ -136,8 +141,10 @@ def count_frames(path):
 def video_writer(path, fps=8, zoom=1):
     """A function that takes frames (f, 3, H, W) in [-1, 1], part by part, and writes an mp4 or gif.
 
-    Memory is constant; the file appears when all is written. Pixels are enlarged `zoom` times."""
+    Memory is constant; the file appears when all is written. Pixels are enlarged `zoom` times. The
+    last row or column is repeated in an mp4 whose sides would be odd, which H.264 cannot have."""
     path, sent = Path(path), 0
+    even = path.suffix.lower() == ".mp4"
     options = dict(fps=fps, macro_block_size=1, ffmpeg_log_level="error",
                    **FFMPEG[path.suffix.lower()])
     with atomic_write(path) as temporary:
@@ -146,7 +153,11 @@ def video_writer(path, fps=8, zoom=1):
             def write(frames):
                 nonlocal sent
                 for frame in to_uint8(frames):
-                    file.append_data(frame.repeat(zoom, 0).repeat(zoom, 1))
+                    frame = frame.repeat(zoom, 0).repeat(zoom, 1)
+                    if even and (frame.shape[0] % 2 or frame.shape[1] % 2):
+                        odd = [(0, side % 2) for side in frame.shape[:2]]
+                        frame = np.pad(frame, (*odd, (0, 0)), "edge")
+                    file.append_data(frame)
                     sent += 1
 
             yield write

@@ -180,8 +180,16 @@ def read_log(folder, steps):
     path = folder / "log.jsonl"
     if not steps or not path.is_file():
         return []
-    lines = path.read_text().splitlines()[:steps]
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    rows = [json.loads(line) for line in path.read_text().splitlines()[:steps]
+            if line.endswith("}")]
+    return [{name: math.nan if value is None else value for name, value in row.items()}
+            for row in rows]
+
+
+def as_line(row):
+    """A row of the log as a line of JSON, which has no NaN: it becomes null."""
+    plain = {name: value if math.isfinite(value) else None for name, value in row.items()}
+    return json.dumps(plain, allow_nan=False) + "\n"
 
 
 def reason_to_stop(rows, fraction):
@@ -205,14 +213,14 @@ class StageLog:
                         mininterval=1.0)
         if main:
             with atomic_write(folder / "log.jsonl") as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+                temporary.write_text("".join(map(as_line, self.rows)))
             self.file = open(folder / "log.jsonl", "a")
 
     def add(self, step, minutes, numbers):
         """One more step."""
         self.rows.append({"step": step, "minutes": minutes, **numbers})
         if self.file:
-            self.file.write(json.dumps(self.rows[-1]) + "\n")
+            self.file.write(as_line(self.rows[-1]))
             self.file.flush()
         self.bar.update()
         words = {name: f"{value:.3g}" for name, value in numbers.items()}

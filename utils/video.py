@@ -1,4 +1,4 @@
-"""Video files read by their timestamps, through PyAV: which frame is shown when, in its right shape.
+"""Video files read by their timestamps, through PyAV: which frame is shown when, in its shape.
 
 A file is no list of pictures. Its frames may last differently long (phones, screen recordings,
 gifs), its pixels may be wider than high, it may be turned, and parts of it may be missing. What
@@ -16,7 +16,8 @@ from PIL import Image, ImageSequence
 
 from utils.errors import UsageError, first_line, first_process, require
 
-JITTER = 0.005  # seconds: a container's rounding of times must not change which frame is taken
+JITTER = 0.005  # seconds: a frame that is this late for its time is still taken
+ROUNDING = 0.0015  # seconds: times in a container are rounded, often to milliseconds
 HDR = {16: "PQ", 18: "HLG"}  # transfer functions, as ffmpeg numbers them
 BT2020 = 9  # its number for these primaries
 TO_SDR = ("ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable,zscale=p=bt709:t=bt709:m=bt709,"
@@ -119,7 +120,8 @@ def gif_frames(path, stack):
     time = 0.0
     try:
         for frame in ImageSequence.Iterator(stack.enter_context(Image.open(path))):
-            pixels, delay = over_white(np.array(frame.convert("RGBA"))), frame.info["duration"]
+            pixels = over_white(np.array(frame.convert("RGBA")))
+            delay = frame.info.get("duration", 0)
             yield time, partial(lambda pixels: (pixels, 1.0), pixels)
             time += delay / 1000 if delay >= 20 else 0.1
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's for damaged files
@@ -204,10 +206,10 @@ def iter_video(path, fps):
         else:
             times, frames = file_times(path), file_frames(path, stack)
         shortest = min(np.diff(times), default=0)
-        if fps and shortest > 1 / fps + JITTER and first_process():
+        if fps and shortest > 1 / fps + ROUNDING and first_process():
             print(f"{path}: {1 / shortest:.3g} frames a second, fewer than --fps {fps:g}: all are "
                   "kept, so it plays faster", file=sys.stderr)
-        if fps and shortest < 1 / fps - JITTER:
+        if fps and shortest < 1 / fps - ROUNDING:
             chosen = shown_at(frames, fps)
         else:
             chosen = (frame for _, frame in frames)
