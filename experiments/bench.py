@@ -128,6 +128,15 @@ def stream_size(args, preset):
     return (8, 8) if preset == "toy" else (60, 104)
 
 
+def ratio_in_words(wall, cpu, gpu):
+    """Ratios of frames a second, one a round, by both clocks; the one to quote comes first."""
+    words = [f"{statistics.median(ratio):.2f} times the frames by {clock} ({min(ratio):.2f} to "
+             f"{max(ratio):.2f} in {len(ratio)} rounds)"
+             for clock, ratio in (("CPU time", cpu), ("the wall", wall))]
+    quoted, other = words[::-1] if gpu else words
+    return f"{quoted}, which is the one to quote; {other}"
+
+
 def bench_stream(args, device):
     """The table of streaming speeds: medians of rounds in which the streams take turns, so that a
     busy moment of the machine hits all. The ratio below it is that of CPU seconds on a CPU, which
@@ -135,8 +144,8 @@ def bench_stream(args, device):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     peak, ratios = matrix_rate(device, dtype), []
     kinds = [(steps, reuse) for steps in args.steps for reuse in (False, True)]
-    print("| preset | latent | passes | context pass | s to first chunk | frames/s | frames/CPU s | "
-          "of matrix rate | paper, one H100 with VAE |\n|" + "---|" * 9)
+    print("| preset | latent | passes | context pass | s to first chunk | frames/s | "
+          "frames/CPU s | of matrix rate | paper, one H100 with VAE |\n|" + "---|" * 9)
     for preset in args.preset:
         net = unset(Config(**PRESETS[preset])).to(dtype).to_empty(device=device)
         for p in net.parameters():
@@ -152,13 +161,8 @@ def bench_stream(args, device):
         few, many = min(args.steps), max(args.steps)
         one, two = (kinds.index((steps, False)) for steps in (few, many))
         wall, cpu = ([streams[one][i] / streams[two][i] for streams in rounds] for i in (1, 2))
-        quoted, other = [("CPU time", cpu), ("the wall", wall)][::-1 if device.type == "cuda" else 1]
-        ratios.append(
-            f"{preset}, with the context pass: {few} against {many} passes "
-            f"{statistics.median(quoted[1]):.2f} times the frames by {quoted[0]}, which is the one "
-            f"to quote here (median of {len(rounds)} rounds, {min(quoted[1]):.2f} to "
-            f"{max(quoted[1]):.2f}); by {other[0]} {statistics.median(other[1]):.2f} "
-            f"({min(other[1]):.2f} to {max(other[1]):.2f})")
+        ratios.append(f"{preset}, with the context pass: {few} against {many} passes "
+                      + ratio_in_words(wall, cpu, device.type == "cuda"))
         del net
     print("\n" + "\n".join(ratios))
 
@@ -308,7 +312,7 @@ def flags():
     )
     parser.add_argument("--chunks", type=int, default=4, help="stream: chunks of a measurement, at "
                         "least")
-    parser.add_argument("--seconds", type=float, default=1.0, help="stream: seconds of a "
+    parser.add_argument("--seconds", type=float, default=0.5, help="stream: seconds of a "
                         "measurement, at least, on the wall and of CPU time")
     parser.add_argument(
         "--rounds",

@@ -87,7 +87,7 @@ def column(names, choices, path, line):
     """Which of a header's names is one of `choices`; UsageError if none is."""
     spelled = {str(name).strip().lower().replace(" ", "_"): name for name in reversed(names)}
     found = [spelled[choice] for choice in choices if choice in spelled]
-    require(found, f"{path}, line {line}, needs a {choices[0]} and a {TEXT_COLUMNS[0]} and has "
+    require(found, f"{path}, line {line}, needs a file and a caption and has "
             f"{', '.join(map(repr, names))[:200]}: name the columns of the first line of a csv, or "
             "the keys of every json line, file and caption")
     return found[0]

@@ -124,7 +124,7 @@ def gif_frames(path, stack):
             delay = frame.info.get("duration", 0)
             yield time, partial(lambda pixels: (pixels, 1.0), pixels)
             time += delay / 1000 if delay >= 20 else 0.1
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's for damaged files
+    except Exception as error:  # Pillow has six kinds for damaged files
         raise damaged(path, first_line(error)) from None
 
 
