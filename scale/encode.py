@@ -26,6 +26,26 @@ from utils.media import VIDEO_ENDINGS, iter_frames, parse_size
 from utils.settings import Parser, cuda_or_cpu
 
 
+class Texts:
+    """A text encoder that remembers which captions fill it: what is behind its end is not used."""
+
+    def __init__(self, words):
+        self.words, self.full = words, []
+
+    def encode(self, caption):
+        """str -> (l, d)"""
+        text = self.words.encode(caption)
+        if len(text) >= self.words.length:
+            self.full.append(f'"{caption[:40]}..."')
+        return text
+
+    def report(self):
+        """A line, if there are any."""
+        if self.full:
+            print(f"{len(self.full)} captions fill all {self.words.length} tokens, and what is "
+                  f"longer is cut: {some(self.full)}")
+
+
 LONGEST = 255 - len("-0000.safetensors")  # bytes of a video's name, or its clips have no name
 
 
@@ -182,12 +202,13 @@ def main(argv=None):
     args = arguments(argv)
     size, (sources, lines) = parse_size(args.size), inputs(args)
     common = check_folder(args) if sources else {}
-    words = CaptionEncoder(args.text_encoder, device=args.device)
+    words = Texts(CaptionEncoder(args.text_encoder, device=args.device))
     encode_negative(words, args)
     if lines:
         encode_prompts(lines, words, args.out)
     else:
         encode_videos(sources, size, words, common, args)
+    words.report()
 
 
 if __name__ == "__main__":

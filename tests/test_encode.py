@@ -25,12 +25,13 @@ class Vae:
 
 class Words:
     """A caption's length."""
+    length = 9
 
     def __init__(self, path, device="cpu"):
         pass
 
     def encode(self, caption):
-        return torch.full((1, 2), float(len(caption)))
+        return torch.full((min(self.length, len(caption.split()) + 1), 2), float(len(caption)))
 
 
 def frames(path, size, fps=0.0):
@@ -197,3 +198,11 @@ def test_content_tells_files_and_folders_apart(tmp_path):
     (a / "w.safetensors").rename(a / "v.safetensors")
     seen.add(files.content_of(a))
     assert len(seen) == 5 and files.content_of(tmp_path / "nowhere") == ""
+
+
+def test_captions_that_are_cut_are_said(run, tmp_path):
+    for name, words in (("a", 3), ("b", 20)):
+        (tmp_path / "clips" / f"{name}.mp4").write_text("5")
+        (tmp_path / "clips" / f"{name}.txt").write_text(name + " red" * words)
+    said = run()[1]
+    assert '1 captions fill all 9 tokens, and what is longer is cut: "b red' in said

@@ -285,3 +285,14 @@ def test_a_name_of_the_most_bytes_is_written(tmp_path):
     with pytest.raises(UsageError, match="File name too long; use a shorter name"):
         with media.video_writer(tmp_path / ("a" * 252 + ".mp4")):
             raise AssertionError("the work has begun")
+
+
+def test_pictures_of_two_sizes_are_no_video(tmp_path):
+    """First frames that happen to be numbered; and a damaged one is named."""
+    for n, side in enumerate((16, 16, 24)):
+        iio.imwrite(tmp_path / f"{n}.png", np.zeros((16, side, 3), np.uint8))
+    with pytest.raises(UsageError, match="2.png has 24 x 16 pixels, the images before it 16 x 16"):
+        media.read_video(tmp_path, 16)
+    (tmp_path / "2.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
+    with pytest.raises(UsageError, match="2.png cannot be read as an image"):
+        media.read_video(tmp_path, 16)

@@ -1,4 +1,4 @@
-"""What surrounds a run: torchrun's variables, terminals, disks, clocks, and numbers that are none."""
+"""What surrounds a run: torchrun, terminals, disks, clocks, and numbers that are none."""
 
 import io
 import json

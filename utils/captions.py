@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from utils.errors import UsageError, first_process, require
 from utils.files import read_text
-from utils.media import VIDEO_ENDINGS, hidden, image_files
+from utils.media import OTHER_VIDEOS, VIDEO_ENDINGS, hidden, image_files
 
 LISTS = ("metadata.csv", "metadata.jsonl", "captions.csv", "captions.jsonl")  # later ones win
 FILE_COLUMNS = ("file", "file_name", "filename", "video", "path", "video_path")
@@ -74,7 +74,9 @@ def videos_in(folder):
         raise UsageError(f"no videos in {folder}, and the pictures in {some(pictures)} are not "
                          "frames of one: number those as 0001.png, 0002.png and so on")
     require(found, f"no videos in {folder}: put {endings} files or folders of images there")
+    other = [p for p in folder.iterdir() if p.suffix.lower() in OTHER_VIDEOS and not hidden(p)]
     for left, why in ((deeper, "videos in deeper folders"),
+                      (other, "videos of other kinds: convert them to mp4"),
                       (pictures, "pictures that are not numbered as the frames of a video")):
         if left:
             say_once(f"{folder}: not read are {some(left)} ({why})")

@@ -17,6 +17,7 @@ from utils.files import atomic_write
 from utils.video import iter_video, over_white
 
 VIDEO_ENDINGS = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi")
+OTHER_VIDEOS = (".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".ogv", ".3gp")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 FFMPEG = {  # file ending -> how ffmpeg writes it
     ".mp4": dict(codec="libx264", quality=8,
@@ -92,16 +93,29 @@ def read_image(path, size):
     return fit_frame(frame, size)[None, None].float() / 127.5 - 1
 
 
+def folder_frames(folder):
+    """(pixels, 1.0) of the images of a folder, as iter_video() gives those of a file. UsageError
+    that names an image which cannot be read, or has another size than the first."""
+    shape = None
+    for file in image_files(folder):
+        try:
+            pixels = load_picture(file)
+        except Exception as error:
+            raise UsageError(f"{file} cannot be read as an image ({first_line(error)}): copy it "
+                             "again, or remove its folder") from None
+        shape = shape or pixels.shape
+        require(pixels.shape == shape, f"{file} has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
+                f"the images before it {shape[1]} x {shape[0]}: they are not frames of one video, "
+                "remove the folder")
+        yield pixels, 1.0
+
+
 def iter_frames(path, size, fps=0.0):
     """The frames (3, h, w) uint8 of a video file or a folder of images, one by one; those of a file
     are thinned to `fps` unless that is 0. Raises UsageError if it cannot be read or is empty."""
     path, taken = Path(path), 0
     try:
-        if path.is_dir():
-            frames = ((load_picture(file), 1.0) for file in image_files(path))
-        else:
-            frames = iter_video(path, fps)
-        for pixels, aspect in frames:
+        for pixels, aspect in folder_frames(path) if path.is_dir() else iter_video(path, fps):
             yield fit_frame(pixels, size, aspect)
             taken += 1
     except UsageError:
