@@ -436,8 +436,12 @@ def test_signals_save_first(tmp_path, monkeypatch, number, status):
         return train.teacher_step(run)
 
     monkeypatch.setitem(train.STEPS, 0, step)
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--out", str(tmp_path), "--stage", "0", "--iters", "9", *SMALL])
+    before = signal.signal(number, signal.default_int_handler)  # nohup ignores it
+    try:
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--out", str(tmp_path), "--stage", "0", "--iters", "9", *SMALL])
+    finally:
+        signal.signal(number, before)
     assert stop.value.code == status
     assert [p.name for p in runs.saved_states(tmp_path / "stage0")] == ["step-0000002"]
 
