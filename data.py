@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from utils.captions import captions_in, videos_in
 from utils.errors import friendly_errors, require
-from utils.files import clips_in, read_clip, read_tensors, save_tensors
+from utils.files import check_whole, clips_in, read_clip, read_finite, read_tensors, save_tensors
 from utils.media import IMAGE_ENDINGS, read_video, write_sheet
 from utils.settings import Parser
 
@@ -247,11 +247,11 @@ class LatentFolder:
     latent = True
 
     def __init__(self, folder, frames):
-        self.paths, self.frames = clips_in(folder), frames
+        self.paths, self.frames = check_whole(clips_in(folder)), frames
         self.only_text = read_tensors(self.paths[0]).keys() == {"text"}
         self.network = None  # the Config that every clip has to fit, see open_dataset()
         negative = Path(folder) / "negative" / "text.safetensors"
-        self.negative = read_tensors(negative)["text"].float() if negative.is_file() else None
+        self.negative = read_finite(negative)["text"].float() if negative.is_file() else None
 
     def batch(self, clip_ids):
         """Clip i is a file, drawn by a generator seeded with i."""

@@ -8,7 +8,6 @@ rollout() is the one function that generates videos chunk by chunk. Training (st
 serving both call it, which closes the gap between training and use (Self Forcing, 2506.08009).
 """
 import math
-import signal
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -218,14 +217,14 @@ def main(argv=None):
     half = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
     began, marks, written = time.perf_counter(), [], 0
     with half, video_writer(args.out, args.fps or fps, args.zoom or zoom) as write:
-        with catch_signals(signal.SIGINT, signal.SIGTERM) as received:
+        with catch_signals() as received:
             for chunk in tqdm(chunks, unit="chunk"):
                 pixels = side_by_side(decode(chunk))[:frames - written]
                 drawn = synced_time(first.device)
                 write(pixels)
                 written += len(pixels)
                 marks.append((time.perf_counter() - began, time.perf_counter() - drawn, written))
-                if received:  # Ctrl-C or SIGTERM: keep what has been written of a long stream
+                if received:  # Ctrl-C, SIGTERM: keep what has been written of a long stream
                     break
     print(f"{args.out}: {written} frames of {what(args, caption, where)}; "
           f"{rates(marks, first.shape[1] > 0)}")

@@ -464,13 +464,13 @@ def new_network(cfg, name):
 # ---------------------------------------------------------------- the loop
 def loop(run):
     """The loop of every stage, to its last step or the early stop; returns steps a second. After
-    SIGTERM or Ctrl-C, all processes finish the step, save, and exit with 128 + the signal."""
+    SIGTERM, SIGUSR1, SIGHUP or Ctrl-C, all finish the step, save, exit with 128 + the signal."""
     cfg, resumed_at, started = run.cfg, run.step, synced_time(run.device)
     stop_fraction = cfg.stop_spread if cfg.stage == 2 else 0.0
     log = StageLog(run.dir, run.step, cfg.iters, run.is_main, cfg.log)
     reason = reason_to_stop(log.rows, stop_fraction)
     run.began -= 60 * log.minutes  # as if it had never been interrupted
-    with catch_signals(signal.SIGTERM, signal.SIGINT) as received:
+    with catch_signals() as received:
         while run.step < cfg.iters and not reason:
             row = averaged({**STEPS[cfg.stage](run), "terminated": float(bool(received))})
             terminated = row.pop("terminated")
@@ -538,12 +538,12 @@ def main(argv=None):
     overrides = parse(argv)
     control, stage = overrides.pop("control", False), overrides.get("stage", -1)
     with friendly_errors():
-        whole = stage == -1 and overrides.get("recipe", "aad-1") == "aad-1"
-        require(whole or not control, "--control is for the whole recipe of AAD-1: leave out "
-                "--stage and --recipe")
-        require(stage != -1 or not {"tag", "init"} & overrides.keys(), "--tag and --init belong to "
-                "one stage: add --stage")
         with processes(overrides.get("device")):
+            whole = stage == -1 and overrides.get("recipe", "aad-1") == "aad-1"
+            require(whole or not control, "--control is for the whole recipe of AAD-1: leave out "
+                    "--stage and --recipe")
+            require(stage != -1 or not {"tag", "init"} & overrides.keys(), "--tag and --init "
+                    "belong to one stage: add --stage")
             configs = [make_config(given, n) for n, given in stages_of(overrides)]
             if control:
                 configs.append(make_config({**overrides, **control_of(configs[-1])}, 2))

@@ -11,12 +11,14 @@ Weights are random: speed and memory do not depend on them. The video VAE is not
 
 import argparse
 import gc
+import math
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,14 +62,33 @@ def header(device):
 # ---------------------------------------------------------------- streaming
 
 
-@torch.no_grad()
-def stream(net, size, steps, reuse, chunks):
-    """(seconds to the first chunk, frames a second after it, FLOP/s of the last chunk) of the
-    network alone.
+def clocks(device):
+    """(seconds on the wall, seconds of all CPU cores in this process), once the device is done."""
+    return synced_time(device), time.process_time()
 
-    Frames are those of the video: a latent frame of Wan's is four. The rate is the median of the
-    second half of the chunks, when the window is full. With `reuse`, a finished chunk enters the
-    cache as the last pass left it, which saves its context pass."""
+
+def timed_chunks(parts, device, chunks, seconds):
+    """(chunks, seconds on the wall, CPU seconds) of at least this many chunks, and as many more as
+    both clocks take to show `seconds`: a busy host stretches the first, a sleeping process hardly
+    moves the second. On a GPU the CPU only hands out work, so the wall alone counts."""
+    (wall, cpu), number = clocks(device), 0
+    while True:
+        next(parts)
+        number += 1
+        now, spent = clocks(device)
+        least = now - wall if device.type == "cuda" else min(now - wall, spent - cpu)
+        if number >= chunks and least >= seconds:
+            return number, now - wall, spent - cpu
+
+
+@torch.no_grad()
+def stream(net, size, steps, reuse, chunks, seconds):
+    """(seconds to the first chunk, frames a second on the wall, frames a CPU second, FLOP/s of the
+    last chunk) of the network alone.
+
+    Frames are those of the video: a latent frame of Wan's is four. Rates are of the chunks after
+    the window is full, see timed_chunks(). With `reuse`, a finished chunk enters the cache as the
+    last pass left it, which saves its context pass."""
     cfg, device, dtype = net.cfg, net.head.modulation.device, net.head.modulation.dtype
     generator = torch.Generator(device).manual_seed(0)
     options = dict(generator=generator, device=device, dtype=dtype)
@@ -76,27 +97,22 @@ def stream(net, size, steps, reuse, chunks):
         return torch.randn(1, f, cfg.in_dim, *size, **options)
 
     text = torch.randn(1, cfg.text_len, cfg.text_dim, **options)
-    work, times = Flops(), []
+    level = -1.0 if reuse else 0.0
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         for _ in range(2):  # the first stream warms the kernels up
-            began, times = synced_time(device), []
-            parts = rollout(
-                net,
-                randn(cfg.first),
-                text,
-                randn,
-                None,
-                steps,
-                context_level=-1.0 if reuse else 0.0,
-            )
-            for _, _ in zip(range(chunks + 1), parts):  # the image, then the chunks
-                times.append(synced_time(device) - began)
+            began = synced_time(device)
+            parts = rollout(net, randn(cfg.first), text, randn, None, steps, context_level=level)
+            next(parts)  # the image
+            next(parts)
+            first = synced_time(device) - began
+        for _ in range(math.ceil(cfg.window / cfg.chunk)):  # until the window is full
+            next(parts)
+        number, wall, cpu = timed_chunks(parts, device, chunks, seconds)
+        work = Flops()
         with work:
             next(parts)
-    seconds = [end - start for start, end in zip(times[1:], times[2:])]
-    per_chunk = statistics.median(seconds[-max(2, len(seconds) // 2) :])
-    frames = cfg.chunk * (4 if cfg.in_dim == 16 else 1)
-    return times[1] - times[0], frames / per_chunk, work.flops / per_chunk
+    frames = number * cfg.chunk * (4 if cfg.in_dim == 16 else 1)
+    return first, frames / wall, frames / cpu, work.flops * number / wall
 
 
 def unset(cfg):
@@ -105,49 +121,48 @@ def unset(cfg):
         return build(cfg)
 
 
+def stream_size(args, preset):
+    """Height and width of a latent frame to stream."""
+    if args.latent_size:
+        return tuple(args.latent_size)
+    return (8, 8) if preset == "toy" else (60, 104)
+
+
+def ratio_in_words(wall, cpu, gpu):
+    """Ratios of frames a second, one a round, by both clocks; the one to quote comes first."""
+    words = [f"{statistics.median(ratio):.2f} times the frames by {clock} ({min(ratio):.2f} to "
+             f"{max(ratio):.2f} in {len(ratio)} rounds)"
+             for clock, ratio in (("CPU time", cpu), ("the wall", wall))]
+    quoted, other = words[::-1] if gpu else words
+    return f"{quoted}, which is the one to quote; {other}"
+
+
 def bench_stream(args, device):
     """The table of streaming speeds: medians of rounds in which the streams take turns, so that a
-    busy moment of the machine hits all."""
+    busy moment of the machine hits all. The ratio below it is that of CPU seconds on a CPU, which
+    other programs do not change much, and that of the wall on a GPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    peak, kinds, ratios = (
-        matrix_rate(device, dtype),
-        [(steps, reuse) for steps in args.steps for reuse in (False, True)],
-        [],
-    )
-    print(
-        "| preset | latent | passes | context pass | s to first chunk | frames/s | of matrix rate "
-        "| paper, one H100 with VAE |\n|"
-        + "---|" * 8
-    )
+    peak, ratios = matrix_rate(device, dtype), []
+    kinds = [(steps, reuse) for steps in args.steps for reuse in (False, True)]
+    print("| preset | latent | passes | context pass | s to first chunk | frames/s | "
+          "frames/CPU s | of matrix rate | paper, one H100 with VAE |\n|" + "---|" * 9)
     for preset in args.preset:
         net = unset(Config(**PRESETS[preset])).to(dtype).to_empty(device=device)
         for p in net.parameters():
             torch.nn.init.normal_(p, std=0.02)
-        size = (
-            tuple(args.latent_size)
-            if args.latent_size
-            else (60, 104)
-            if preset != "toy"
-            else (8, 8)
-        )
-        rounds = [
-            [stream(net, size, *kind, args.chunks) for kind in kinds] for _ in range(args.rounds)
-        ]
+        size = stream_size(args, preset)
+        rounds = [[stream(net, size, *kind, args.chunks, args.seconds) for kind in kinds]
+                  for _ in range(args.rounds)]
         for (steps, reuse), streams in zip(kinds, zip(*rounds)):
-            first, rate, flops = map(statistics.median, zip(*streams))
-            print(
-                f"| {preset} | {size[0]} x {size[1]} | {steps} | {'reused' if reuse else 'yes'} | "
-                f"{first:.3f} | {rate:.2f} | "
-                f"{flops / peak:.0%} | {PAPER.get((preset, steps), '')} |",
-                flush=True,
-            )
-        few, many = (kinds.index((steps, False)) for steps in (min(args.steps), max(args.steps)))
-        ratio = [streams[few][1] / streams[many][1] for streams in rounds]
-        ratios.append(
-            f"{preset}, with the context pass: {min(args.steps)} against {max(args.steps)} passes "
-            f"{statistics.median(ratio):.2f} times the frames a second (median of {len(ratio)} "
-            f"rounds, {min(ratio):.2f} to {max(ratio):.2f})"
-        )
+            first, wall, cpu, flops = map(statistics.median, zip(*streams))
+            print(f"| {preset} | {size[0]} x {size[1]} | {steps} | {'reused' if reuse else 'yes'} |"
+                  f" {first:.3f} | {wall:.2f} | {cpu:.2f} | {flops / peak:.0%} | "
+                  f"{PAPER.get((preset, steps), '')} |", flush=True)
+        few, many = min(args.steps), max(args.steps)
+        one, two = (kinds.index((steps, False)) for steps in (few, many))
+        wall, cpu = ([streams[one][i] / streams[two][i] for streams in rounds] for i in (1, 2))
+        ratios.append(f"{preset}, with the context pass: {few} against {many} passes "
+                      + ratio_in_words(wall, cpu, device.type == "cuda"))
         del net
     print("\n" + "\n".join(ratios))
 
@@ -295,7 +310,10 @@ def flags():
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[1, 4], help="stream: passes per chunk"
     )
-    parser.add_argument("--chunks", type=int, default=12, help="stream: chunks per measurement")
+    parser.add_argument("--chunks", type=int, default=4, help="stream: chunks of a measurement, at "
+                        "least")
+    parser.add_argument("--seconds", type=float, default=0.5, help="stream: seconds of a "
+                        "measurement, at least, on the wall and of CPU time")
     parser.add_argument(
         "--rounds",
         type=int,
@@ -329,8 +347,8 @@ def main(argv=None):
     """One bench, its table."""
     args, rest = flags().parse_known_args(argv)
     require(
-        args.chunks >= 2 and min(args.steps) >= 1 and args.rounds >= 1,
-        "--chunks must be at least 2, --steps and --rounds at least 1",
+        min(args.chunks, args.rounds, *args.steps) >= 1 and args.seconds >= 0,
+        "--chunks, --steps and --rounds must be at least 1, --seconds at least 0",
     )
     for preset in args.preset:
         require(

@@ -35,7 +35,7 @@ from data import (COLOURS, HELD_OUT_SETS, KINDS, Draws, PatchCodec, ToyWorld, Wo
                   held_out_ids)
 from experiments.vbench import make_videos
 from sample import generate, load_stage
-from utils.errors import UsageError, check_device, friendly_errors, require
+from utils.errors import UsageError, WriteError, check_device, friendly_errors, require
 from utils.files import read_json, write_json
 from utils.media import VIDEO_ENDINGS, read_video
 from utils.settings import Parser, as_words, cuda_or_cpu, has_bfloat16
@@ -280,7 +280,8 @@ def general_scores(video, real, first=1):
     bend = (video[:, 2:] - 2 * video[:, 1:-1] + video[:, :-2]).abs().mean() / 2
     return {
         "i2v_fidelity": 100 * likeness.mean().item(),
-        "dynamic_degree": change(video) / max(change(real), 1e-9),
+        # relative to clips that stand still it has no meaning
+        "dynamic_degree": change(video) / change(real) if change(real) > 1e-4 else math.nan,
         "motion_smoothness": 100 * (1 - bend.clamp(max=1)).item(),
     }
 
@@ -474,7 +475,7 @@ def main(argv=None):
     if args.vbench:
         require(len(args.folders) == 1, "--vbench takes one folder: that of a Wan student")
         return make_videos(args, args.folders[0])
-    rows = []
+    rows, unsaved = [], []
     for folder in map(Path, args.folders):
         require(folder.is_dir(), f"{folder} is not a folder: name a stage such as out/toy/stage3, "
                 "or a folder of videos")
@@ -489,8 +490,10 @@ def main(argv=None):
         if args.steps or args.no_long:  # scores of another kind than those in metrics.json
             continue
         before = read_json(metrics) if metrics.is_file() else {}  # the minutes
-        write_json(metrics, {**before, **scores})
+        unsaved.append((metrics, {**before, **scores}))
     print(table(rows))
+    for metrics, scores in unsaved:  # the table first: a full disk must not cost it
+        write_json(metrics, scores)
 
 
 def add_vbench(parser):
@@ -514,7 +517,10 @@ def real_row(folder, clips, which):
     if known.items() >= asked.items():
         return known
     scores = real_scores(folder, clips, which=which)
-    write_json(path, scores)
+    try:
+        write_json(path, scores)
+    except WriteError as error:  # only the time to compute them again
+        print(error, file=sys.stderr)
     return scores
 
 

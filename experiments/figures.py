@@ -265,7 +265,8 @@ def curves(assets, folders):
         if reference is not None:
             ax.axhline(reference, color=GREY, lw=1, ls=(0, (4, 3)))
         for name, colour in zip(keys, (BLUE, ORANGE)):
-            points = [(r["step"], r[name]) for r in rows if np.isfinite(r.get(name, np.nan))]
+            numbers = [(r["step"], np.array(r.get(name), float)) for r in rows]  # null: NaN
+            points = [(step, float(value)) for step, value in numbers if np.isfinite(value)]
             steps, values = np.array(points or [(0, np.nan)]).T
             kernel = np.ones(len(steps) // 12 | 1)
             mean = np.convolve(values, kernel, "same") / np.convolve(steps * 0 + 1, kernel, "same")

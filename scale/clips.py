@@ -9,7 +9,7 @@ from data import Draws, held_out_ids
 from model import stream_mask
 from sample import generate, sample_ode, with_cfg
 from scale.parallel import barrier, on_rank0, world
-from utils.files import save_tensors
+from utils.files import save_finite
 
 
 def make_trajectories(run):
@@ -36,7 +36,7 @@ def make_trajectories(run):
             paths = torch.stack([*states, end], 1)
             for n, path, text, x0 in zip(numbers, paths, batch.text, batch.x0):
                 past = {"context": x0} if cfg.teacher_forcing else {}
-                save_tensors(files[n], {"states": path, "text": text, **past})
+                save_finite(files[n], {"states": path, "text": text, **past})
     barrier()
     run.trajectories = files
 

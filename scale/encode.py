@@ -6,77 +6,154 @@
 
 Leaves a .safetensors file per clip: `latents` (1 + k, 16, height / 8, width / 8) of 1 + 4 k frames,
 and `text` (up to 512, 4096). Captions alone (--prompts) are enough for stages 1 and 2. A second
-call goes on where the first ended; unreadable and short videos are skipped and listed at the end.
+call goes on where the first ended, and makes again what has another video or caption by now;
+unreadable and short videos are skipped and listed at the end.
 """
 import itertools
+import json
+import os
+import re
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from scale.wan import CaptionEncoder, WanCodec
-from utils.captions import captions_in, videos_in
-from utils.errors import UsageError, check_device, friendly_errors, require
-from utils.files import atomic_write, clips_in, read_text, save_tensors
+from utils.captions import captions_in, some, videos_in
+from utils.errors import UsageError, WriteError, check_device, friendly_errors, require
+from utils.files import clips_in, content_of, read_text, save_finite, write_json
 from utils.media import VIDEO_ENDINGS, iter_frames, parse_size
 from utils.settings import Parser, cuda_or_cpu
+
+
+class Texts:
+    """A text encoder that remembers which captions fill it: what is behind its end is not used."""
+
+    def __init__(self, words):
+        self.words, self.full = words, []
+
+    def encode(self, caption):
+        """str -> (l, d)"""
+        text = self.words.encode(caption)
+        if len(text) >= self.words.length:
+            self.full.append(f'"{caption[:40]}..."')
+        return text
+
+    def report(self):
+        """A line, if there are any."""
+        if self.full:
+            print(f"{len(self.full)} captions fill all {self.words.length} tokens, and what is "
+                  f"longer is cut: {some(self.full)}")
+
+
+LONGEST = 255 - len("-0000.safetensors")  # bytes of a video's name, or its clips have no name
+
+
+def clips_of(out, name):
+    """The finished clips of one video, and of no other whose name begins alike."""
+    pattern = re.compile(re.escape(name) + r"-\d{4,}\.safetensors")
+    return [clip for clip in clips_in(out) if pattern.fullmatch(clip.name)]
 
 
 def encode_video(path, caption, codec, words, size, args):
     """The clips of one video, one file each; the rest at its end is dropped. UsageError if it is
     shorter than a clip."""
+    require(len(os.fsencode(path.name)) <= LONGEST, f"{path} has a name of more than {LONGEST} "
+            "bytes: use a shorter one")
     text, frames, n = words.encode(caption), iter_frames(path, size, args.fps), 0
     clip = list(itertools.islice(frames, args.frames))
     while len(clip) == args.frames:
         latents = codec.encode(torch.stack(clip)[None].float() / 127.5 - 1)[0]
         file = Path(args.out) / f"{path.name}-{n:04d}.safetensors"
-        save_tensors(file, {"latents": latents, "text": text})
+        save_finite(file, {"latents": latents, "text": text})
         n += 1
         clip = list(itertools.islice(frames, args.frames))
     require(n, f"{path} is shorter than a clip of {args.frames} frames")
 
 
-def is_done(marker, shape):
-    """Whether a video is finished; UsageError if it was encoded in another shape."""
-    if not marker.is_file():
-        return False
-    before = marker.read_text()
-    require(before == shape, f"{marker.parent.parent} was made with {before}, now it is {shape}: "
-            "choose another --out")
-    return True
+def read_marker(path):
+    """What a finished video was made from; {} if it is not finished, or of an older version."""
+    try:
+        made = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return made if isinstance(made, dict) else {}
 
 
-def encode_videos(sources, size, words, args):
+def check_folder(args):
+    """What all clips of the folder have in common: settings, VAE and text encoder, by their
+    content. UsageError if it holds clips that were made with others."""
+    common = {"settings": f"{args.size} {args.frames} frames {args.fps:g} fps",
+              "vae": content_of(args.vae), "text encoder": content_of(args.text_encoder)}
+    for marker in sorted((Path(args.out) / "done").glob("*")):
+        made = read_marker(marker)
+        for name, value in common.items() if made else ():
+            before, now = made.get(name), value
+            if name != "settings":
+                before, now = f"another {name} than {getattr(args, name.replace(' ', '_'))}", "this"
+            require(made.get(name) == value, f"{args.out} was made with {before}, now it is {now}: "
+                    "choose another --out")
+    return common
+
+
+def remove_clips(out, name):
+    """Take a video's clips and its marker away, the marker first: what is left without one is made
+    again."""
+    (out / "done" / name).unlink(missing_ok=True)
+    for clip in clips_of(out, name):
+        clip.unlink()
+
+
+def encode_videos(sources, size, words, common, args):
     """All videos. Those that cannot be used are listed and leave nothing."""
-    out, skipped, codec = Path(args.out), [], WanCodec(args.vae, args.device)
-    captions = captions_in(args.videos, sources)
-    shape = f"{args.size} {args.frames} frames {args.fps:g} fps"
+    out, skipped, again = Path(args.out), [], 0
+    codec, captions = WanCodec(args.vae, args.device), captions_in(args.videos, sources)
     for path in tqdm(sources, unit="video"):
-        marker = out / "done" / path.name
-        if is_done(marker, shape):
+        caption = captions.get(path.name, "")
+        origin = {**common, "caption": caption, "video": content_of(path)}
+        made = read_marker(out / "done" / path.name)
+        if made == origin and clips_of(out, path.name):
             continue
+        again += bool(made)
+        remove_clips(out, path.name)
         try:
-            encode_video(path, captions.get(path.name, ""), codec, words, size, args)
+            encode_video(path, caption, codec, words, size, args)
+        except WriteError:
+            raise
         except UsageError as error:
-            if "cannot write" in str(error):
-                raise
             skipped.append(str(error))
-            for part in clips_in(out):  # of a video that breaks off in the middle
-                if part.name.startswith(f"{path.name}-"):
-                    part.unlink()
+            remove_clips(out, path.name)  # of a video that breaks off in the middle
             continue
-        with atomic_write(marker) as temporary:
-            temporary.write_text(shape)
-    print(f"{len(clips_in(out))} clips in {out}")
+        write_json(out / "done" / path.name, origin)
+    clips = clips_in(out)
+    print(f"{len(clips)} clips in {out}" + (f"; {again} videos were made again, their file or "
+                                            "caption has changed" if again else ""))
     for line in skipped:
         print(f"skipped: {line}")
+    names = {path.name for path in sources}
+    gone = {re.sub(r"-\d{4,}\.safetensors$", "", clip.name) for clip in clips} - names
+    if gone:
+        print(f"{out} also holds clips of {len(gone)} videos that are not in {args.videos} "
+              f"({some(gone)}): remove them, or they are trained on too")
+    require(clips, f"{out} holds no clip: none of {len(sources)} videos could be used")
 
 
 def encode_prompts(lines, words, out):
     """Captions, one .safetensors file each."""
     for n, line in enumerate(tqdm(lines, unit="caption")):
-        save_tensors(Path(out) / f"{n:06d}.safetensors", {"text": words.encode(line)})
+        save_finite(Path(out) / f"{n:06d}.safetensors", {"text": words.encode(line)})
     print(f"{len(lines)} captions in {out}")
+
+
+def encode_negative(words, args):
+    """The negative prompt: the one that is named now, else the one before, else the empty one."""
+    folder = Path(args.out) / "negative"
+    before = read_marker(folder / "made.json")
+    if args.negative is None and not before and (folder / "text.safetensors").is_file():
+        return  # of an older version, which did not write down the text
+    text = before.get("text", "") if args.negative is None else args.negative
+    save_finite(folder / "text.safetensors", {"text": words.encode(text)})
+    write_json(folder / "made.json", {"text": text})
 
 
 def inputs(args):
@@ -92,7 +169,8 @@ def inputs(args):
     check_device(args.device)
     if args.videos:
         return videos_in(args.videos), []
-    lines = [line for line in read_text(args.prompts).splitlines() if line.strip()]
+    # a caption may hold U+2028 and the like, which str.splitlines() takes for the end of a line
+    lines = [line for line in read_text(args.prompts).split("\n") if line.strip()]
     require(lines, f"{args.prompts} has no captions: write one a line")
     present = len(clips_in(args.out))
     require(present <= len(lines), f"{args.out} holds {present} files, {args.prompts} has "
@@ -123,14 +201,14 @@ def main(argv=None):
     """Encode a folder of videos, or a file of captions."""
     args = arguments(argv)
     size, (sources, lines) = parse_size(args.size), inputs(args)
-    words = CaptionEncoder(args.text_encoder, device=args.device)
-    negative = Path(args.out) / "negative" / "text.safetensors"
-    if args.negative is not None or not negative.is_file():
-        save_tensors(negative, {"text": words.encode(args.negative or "")})
+    common = check_folder(args) if sources else {}
+    words = Texts(CaptionEncoder(args.text_encoder, device=args.device))
+    encode_negative(words, args)
     if lines:
         encode_prompts(lines, words, args.out)
     else:
-        encode_videos(sources, size, words, args)
+        encode_videos(sources, size, words, common, args)
+    words.report()
 
 
 if __name__ == "__main__":

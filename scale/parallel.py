@@ -11,6 +11,7 @@ import functools
 import gc
 import os
 import warnings
+import zlib
 from datetime import timedelta
 
 import torch
@@ -19,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from utils.errors import UsageError, require
+from utils.errors import UsageError, first_line, require
 
 # keys and values leave a block as views, and nothing changes them in place
 warnings.filterwarnings("ignore", "FSDP2-wrapped module")
@@ -37,21 +38,63 @@ def device_type():
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
+def check_environment():
+    """torchrun's five variables, or none of them: clusters set some. UsageError that names what is
+    missing, or does not fit."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
+    remedy = "start it with torchrun, or unset RANK for one process"
+    require(not missing, f"RANK is set and {', '.join(missing)} not: {remedy}")
+    for name in set(names) - {"MASTER_ADDR"}:
+        value = os.environ[name]
+        require(value.isdecimal(), f"{name} is {value!r}, which is no number: {remedy}")
+    rank, number = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    require(rank < number, f"RANK is {rank} and WORLD_SIZE {number}: {remedy}")
+
+
+def connect(cuda):
+    """Join the process group; returns the store that all of its processes can reach."""
+    # the first process writes and scores alone at the end of a stage, while the others wait
+    timeout = timedelta(hours=2)
+    try:
+        store, rank, number = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, store=store, rank=rank,
+                                world_size=number)
+    except (RuntimeError, ValueError, OSError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UsageError(f"the processes do not find each other at {where} ({first_line(error)}): "
+                         "choose another MASTER_PORT, or start them with torchrun") from None
+    return store
+
+
+def said_before(store, sentence):
+    """Whether another process has said this sentence. All that fail alike say it once."""
+    try:
+        return store.add(f"said {zlib.crc32(sentence.encode())}", 1) > 1
+    except Exception:  # the store went with the first process: better twice than never
+        return False
+
+
 @contextlib.contextmanager
 def processes(device=""):
     """The process group that torchrun asks for, if it does. It is taken down in the order that does
     not abort: sharded modules must be gone before their process group."""
-    if "RANK" in os.environ:
+    store = None
+    if os.environ.get("RANK"):
+        check_environment()
         cuda = device == "cuda" or not device and torch.cuda.is_available()
         if cuda:
             rank, number = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             require(rank < number, f"this machine has {number} GPUs and torchrun asks for more "
                     "processes: lower --nproc_per_node, or use --device cpu")
             torch.cuda.set_device(rank)
-        # the first process writes and scores alone at the end of a stage, while the others wait
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+        store = connect(cuda)
     try:
         yield
+    except (UsageError, OSError) as error:
+        if store is None or not said_before(store, str(error)):
+            raise
+        raise SystemExit(2) from None
     finally:
         gc.collect()
         context_group.cache_clear()

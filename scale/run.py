@@ -19,7 +19,7 @@ from scale.muon import Muon
 from scale.parallel import full_tensor, local_shard, shard, world
 from scale.state import init_optimizer_state
 from utils.errors import UsageError, require
-from utils.files import clips_in, read_tensors
+from utils.files import check_whole, clips_in, read_finite, read_tensors
 from utils.runs import (read_settings, saved_states, stage_dir, start_from, starts_from_weights,
                         steps_before, trajectory_dirs)
 from utils.settings import flag, peak_memory
@@ -59,6 +59,7 @@ class Run:
             clips = self.data.batch(range(max(1, 512 * 32 ** 2 // cfg.size ** 2)))["video"]
             self.codec = PatchCodec.fit(clips, cfg.codec_patch, cfg.in_dim)
         self.trajectories = next(filter(None, map(clips_in, trajectory_dirs(cfg))), [])
+        check_whole(self.trajectories)
         self.check_trajectories()
         torch.manual_seed(cfg.seed)
 
@@ -164,7 +165,7 @@ class Run:
         """Teacher trajectories for a batch: states (b, points + 1, f, c, h, w), and texts; with
         --teacher-forcing also the clips (b, f, c, h, w) whose chunks they continue."""
         numbers = (draws.rand(1)[:, 0] * len(self.trajectories)).long().tolist()
-        rows = [read_tensors(self.trajectories[n]) for n in numbers]
+        rows = [read_finite(self.trajectories[n]) for n in numbers]
         text = pad_sequence([row["text"] for row in rows], batch_first=True).to(self.device)
         states = torch.stack([row["states"] for row in rows]).to(self.device)
         if not self.cfg.teacher_forcing:
@@ -200,10 +201,14 @@ class Run:
             if finite:
                 optimizer.step()
             optimizer.zero_grad()
-        self.bad_steps[name] = 0 if finite else self.bad_steps.get(name, 0) + 1
-        if self.bad_steps[name] >= cfg.max_bad_steps:
+        bad = self.bad_steps.setdefault(name, [])
+        if finite:
+            bad.clear()
+        elif self.step not in bad:  # several updates of one step count as one
+            bad.append(self.step)
+        if len(bad) >= cfg.max_bad_steps:
             last = next(iter(saved_states(self.dir)), "none")
-            raise UsageError(f"stage {cfg.stage}, step {self.step + 1}: {self.bad_steps[name]} "
+            raise UsageError(f"stage {cfg.stage}, step {self.step + 1}: {len(bad)} "
                              f"non-finite gradients in a row in {name} (last good state: {last}): "
                              "start again with a lower --lr, and another --tag or --no-resume")
         if name == "student" and finite:

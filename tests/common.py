@@ -6,11 +6,13 @@ import os
 import socket
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # pytest-xdist runs a worker per core; read when torch starts
 
+import av
 import imageio.v2 as iio
 import numpy as np
 import pytest
@@ -163,6 +165,32 @@ def colour_clip(folder, name, frames=12, side=(48, 64)):
         (folder / name).mkdir()
         for i, frame in enumerate(video):
             iio.imwrite(folder / name / f"{i:03d}.png", frame)
+
+
+def write_frames(path, frames, rate=10, times=None, aspect=1, rotation=0, transfer=0, primaries=0):
+    """A video of grey levels or grey pictures (H, W), through PyAV, as cameras write them: shown at
+    `times` / rate seconds, pixels `aspect` times as wide as high, turned, with other colours."""
+    frames = [np.full((48, 64), frame, np.uint8) if np.ndim(frame) == 0 else frame
+              for frame in frames]
+    if path.suffix == ".gif":
+        return iio.mimsave(path, frames, duration=1000 / rate)
+    codec = {".webm": "libvpx-vp9", ".avi": "mpeg4"}.get(path.suffix, "libx264")
+    with av.open(str(path), "w", options={"movflags": "faststart"} if path.suffix == ".mp4" else {}
+                 ) as file:
+        stream = file.add_stream(codec, rate=rate)
+        stream.height, stream.width = frames[0].shape
+        stream.codec_context.time_base = Fraction(1, rate)
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        if rotation:
+            stream.set_display_rotation(rotation)
+        if transfer:
+            stream.codec_context.color_trc = transfer
+            stream.codec_context.color_primaries = primaries
+        for time, frame in zip(range(len(frames)) if times is None else times, frames):
+            picture = av.VideoFrame.from_ndarray(frame, "gray").reformat(format="yuv420p")
+            picture.pts, picture.time_base = time, Fraction(1, rate)
+            file.mux(stream.encode(picture))
+        file.mux(stream.encode())
 
 
 @pytest.fixture

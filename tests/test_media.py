@@ -11,8 +11,8 @@ from PIL import Image
 
 import data
 import sample
-from tests.common import colour_clip, shell
-from utils import media
+from tests.common import colour_clip, shell, write_frames
+from utils import media, video
 from utils.errors import UsageError
 
 
@@ -43,7 +43,7 @@ def test_videos_are_written_as_they_come(tmp_path, monkeypatch, ending):
 def test_images(tmp_path):
     # with alpha
     iio.imwrite(tmp_path / "wide.png",
-                np.dstack([np.full((40, 100), v, np.uint8) for v in (255, 0, 127, 9)]))
+                np.dstack([np.full((40, 100), v, np.uint8) for v in (255, 0, 127, 255)]))
     iio.imwrite(tmp_path / "grey.jpg", np.full((50, 30), 100, np.uint8))
     image = media.read_image(tmp_path / "wide.png", 32)
     assert image.shape == (1, 1, 3, 32, 32) and image[0, 0, 0].min() == 1
@@ -97,11 +97,8 @@ def test_long_videos_take_the_memory_of_their_frames():
         """if True:
         import resource, numpy as np
         from utils import media
-        class Reader:
-            get_meta_data = lambda self: {"fps": 8}
-            __enter__, __exit__ = lambda self: self, lambda self, *_: None
-            __iter__ = lambda self: (np.zeros((256, 256, 3), np.uint8) for _ in range(2000))
-        media.iio.get_reader = lambda path: Reader()
+        media.iter_video = lambda path, fps: (
+            (np.zeros((256, 256, 3), np.uint8), 1.0) for _ in range(2000))
         used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         before = used()
         assert len(media.read_video("a.mp4", 32)) == 2000
@@ -117,3 +114,185 @@ def test_a_video_that_ffmpeg_cut_short_is_not_kept(tmp_path, monkeypatch):
           media.video_writer(tmp_path / "a.mp4") as write):
         write(torch.zeros(3, 3, 16, 16))
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- when a frame is shown
+
+def greys(clip):
+    """The mean grey of every frame."""
+    return clip.float().mean((1, 2, 3)).round().int().tolist()
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "webm"])
+def test_frames_are_thinned_by_their_times(tmp_path, ending):
+    """Two seconds of 60 frames a second, then two of 10, as a screen recording: 40 frames that are
+    0.1 s apart. Without a rate every frame once, none repeated."""
+    times = [*range(120), *range(120, 240, 6)]
+    path = tmp_path / f"a.{ending}"
+    write_frames(path, [t for t in times], rate=60, times=times)
+    assert len(media.read_video(path, 16)) == 140
+    steps = np.diff(greys(media.read_video(path, 16, 10)))
+    assert len(steps) == 39 and set(steps) <= {5, 6, 7}
+
+
+@pytest.mark.parametrize("delays, fps, taken", [
+    ([20] + 11 * [100], 10, [0, *range(1, 11)]),
+    ([1000] + 11 * [50], 5, 5 * [0] + [1, 5, 9]),
+    (12 * [100], 5, [0, 2, 4, 6, 8, 10]), (12 * [100], 16, list(range(12)))])
+def test_gifs_whose_frames_last_differently(tmp_path, capsys, delays, fps, taken):
+    frames = [Image.new("L", (16, 16), 20 * n) for n in range(len(delays))]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=delays)
+    found = [round(grey / 20) for grey in greys(media.read_video(tmp_path / "a.gif", 16, fps))]
+    assert found == taken
+    assert ("fewer than --fps 16" in capsys.readouterr().err) == (fps == 16)
+
+
+def test_a_rate_that_is_almost_the_files(tmp_path):
+    """25 to 24 frames a second leaves one of 25 out; 24 to 23.976 none, their times are rounded."""
+    for ending in ("mp4", "mkv"):
+        write_frames(tmp_path / f"a.{ending}", range(26), rate=25)
+        write_frames(tmp_path / f"b.{ending}", range(26), rate=24)
+        assert len(media.read_video(tmp_path / f"a.{ending}", 16, 24)) == 25
+        assert len(media.read_video(tmp_path / f"b.{ending}", 16, 24000 / 1001)) == 26
+
+
+def test_a_late_start_is_not_filled_up(tmp_path):
+    """The picture begins half a second after the sound would."""
+    write_frames(tmp_path / "a.mp4", range(0, 100, 10), rate=10, times=range(5, 15))
+    assert len(media.read_video(tmp_path / "a.mp4", 16)) == 10
+    assert len(media.read_video(tmp_path / "a.mp4", 16, 5)) == 5
+
+
+# ---------------------------------------------------------------- shape and colours
+
+def lit(clip):
+    """(left, right, top, bottom) of what is bright in the first frame."""
+    y, x = np.where(clip[0].float().mean(0) > 128)
+    return [x.min(), x.max() + 1, y.min(), y.max() + 1]
+
+
+def test_pixels_that_are_wider_than_high(tmp_path):
+    """A square of 8 x 8 that a file holds as 4 x 8 pixels, twice as wide as high; and turned."""
+    still = np.zeros((48, 32), np.uint8)
+    still[8:16, 4:8] = 255
+    write_frames(tmp_path / "a.mp4", [still] * 2, aspect=2)
+    found = lit(media.read_video(tmp_path / "a.mp4", (48, 64)))
+    assert np.abs(np.array(found) - [8, 16, 8, 16]).max() <= 1
+    write_frames(tmp_path / "b.mp4", [still] * 2, aspect=2, rotation=90)  # to the left
+    found = lit(media.read_video(tmp_path / "b.mp4", (64, 48)))
+    assert np.abs(np.array(found) - [8, 16, 48, 56]).max() <= 1
+
+
+@pytest.mark.parametrize("turn, place", [
+    (90, [8, 16, 48, 56]), (180, [48, 56, 32, 40]), (270, [32, 40, 8, 16])])
+def test_phones_that_were_turned(tmp_path, turn, place):
+    still = np.zeros((48, 64), np.uint8)
+    still[8:16, 8:16] = 255
+    write_frames(tmp_path / "a.mp4", [still] * 2, rotation=turn)
+    clip = media.read_video(tmp_path / "a.mp4", (48, 64) if turn == 180 else (64, 48))
+    assert np.abs(np.array(lit(clip)) - place).max() <= 1
+
+
+def test_display_matrices_mirror_and_turn():
+    """All eight ways to look at a picture, as NumPy does them."""
+    picture = np.arange(2 * 3 * 3).reshape(2, 3, 3)
+    ways = {(1, 0, 0, 1): picture, (-1, 0, 0, 1): picture[:, ::-1], (1, 0, 0, -1): picture[::-1],
+            (-1, 0, 0, -1): np.rot90(picture, 2), (0, -1, 1, 0): np.rot90(picture, 1),
+            (0, 1, -1, 0): np.rot90(picture, -1), (0, 1, 1, 0): picture.swapaxes(0, 1),
+            (0, -1, -1, 0): np.rot90(picture.swapaxes(0, 1), 2)}
+    for (a, b, c, d), expected in ways.items():
+        found = video.turned(picture, [a, b, 0, c, d, 0, 0, 0, 1])
+        assert np.array_equal(found, expected), (a, b, c, d)
+
+
+@pytest.mark.parametrize("transfer, primaries", [(16, 9), (18, 9), (1, 9)])
+def test_hdr_is_refused(tmp_path, transfer, primaries):
+    write_frames(tmp_path / "a.mp4", [50] * 2, transfer=transfer, primaries=primaries)
+    with pytest.raises(UsageError, match="is HDR video .*convert it first"):
+        media.read_video(tmp_path / "a.mp4", 16)
+
+
+def test_transparent_parts_are_white(tmp_path):
+    picture = np.zeros((20, 20, 4), np.uint8)
+    picture[5:15, 5:15] = 255, 0, 0, 255
+    iio.imwrite(tmp_path / "a.png", picture)
+    palette = Image.fromarray(picture).convert("P")
+    palette.save(tmp_path / "b.png", transparency=palette.getpixel((0, 0)))
+    Image.fromarray(picture).save(tmp_path / "c.webp", lossless=True)
+    for name in ("a.png", "b.png", "c.webp"):
+        image = media.read_image(tmp_path / name, 20)[0, 0]
+        assert (image[:, 0, 0] == 1).all() and image[1:, 10, 10].max() < -0.9
+    Image.fromarray(picture).save(tmp_path / "a.gif")
+    clip = media.read_video(tmp_path / "a.gif", 20)
+    assert (clip[0, :, 0, 0] == 255).all() and clip[0, 1, 10, 10] < 10
+
+
+def test_odd_sides_become_an_mp4(tmp_path):
+    """H.264 has even sides; a gif keeps its own."""
+    with media.video_writer(tmp_path / "a.mp4") as write:
+        write(torch.rand(3, 3, 27, 33))
+    assert media.iio.get_reader(tmp_path / "a.mp4").get_data(0).shape[:2] == (28, 34)
+    assert len(media.read_video(tmp_path / "a.mp4", 16)) == 3
+
+
+# ---------------------------------------------------------------- damage
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "a.webm", "a.gif"])
+@pytest.mark.parametrize("damage", ["hole", "noise", "cut"])
+def test_damaged_videos_are_not_read(tmp_path, name, damage):
+    """A fifth in the middle lost or overwritten, or the last two fifths missing: never a clip with
+    frames that stand still."""
+    path = tmp_path / name
+    g = np.random.default_rng(0)
+    write_frames(path, [g.integers(0, 255, (48, 64), np.uint8) for _ in range(20)])
+    assert len(media.read_video(path, 16)) == 20
+    whole = path.read_bytes()
+    a, b = 2 * len(whole) // 5, 3 * len(whole) // 5
+    middle = {"hole": bytes(b - a), "noise": g.bytes(b - a), "cut": b""}[damage]
+    path.write_bytes(whole[:a] + middle + (b"" if damage == "cut" else whole[b:]))
+    with pytest.raises(UsageError, match="cannot be read as a video, it is damaged"):
+        media.read_video(path, 16)
+
+
+def test_the_second_damaged_video_is_noticed_too(tmp_path):
+    """ffmpeg keeps quiet when it says the same twice."""
+    write_frames(tmp_path / "a.mkv", range(20))
+    whole = (tmp_path / "a.mkv").read_bytes()
+    for name in ("a.mkv", "b.mkv"):
+        (tmp_path / name).write_bytes(whole[:len(whole) // 2])
+        with pytest.raises(UsageError, match="damaged"):
+            media.read_video(tmp_path / name, 16)
+
+
+def test_sound_alone_is_no_video(tmp_path):
+    import av
+    with av.open(str(tmp_path / "a.mp4"), "w") as file:
+        stream = file.add_stream("aac", rate=48000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        sound.sample_rate = 48000
+        file.mux(stream.encode(sound))
+        file.mux(stream.encode())
+    with pytest.raises(UsageError, match="holds no video"):
+        media.read_video(tmp_path / "a.mp4", 16)
+
+
+def test_a_name_of_the_most_bytes_is_written(tmp_path):
+    """The temporary file must not need a longer one; a name that is too long is said before the
+    work."""
+    longest = tmp_path / ("a" * 251 + ".png")
+    media.write_sheet(longest, torch.zeros(1, 1, 3, 8, 8))
+    assert longest.is_file()
+    with pytest.raises(UsageError, match="File name too long; use a shorter name"):
+        with media.video_writer(tmp_path / ("a" * 252 + ".mp4")):
+            raise AssertionError("the work has begun")
+
+
+def test_pictures_of_two_sizes_are_no_video(tmp_path):
+    """First frames that happen to be numbered; and a damaged one is named."""
+    for n, side in enumerate((16, 16, 24)):
+        iio.imwrite(tmp_path / f"{n}.png", np.zeros((16, side, 3), np.uint8))
+    with pytest.raises(UsageError, match="2.png has 24 x 16 pixels, the images before it 16 x 16"):
+        media.read_video(tmp_path, 16)
+    (tmp_path / "2.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
+    with pytest.raises(UsageError, match="2.png cannot be read as an image"):
+        media.read_video(tmp_path, 16)

@@ -424,17 +424,36 @@ def test_what_disks_devices_and_people_do_is_one_sentence(error, said, status, c
     assert stop.value.code == status and said in capsys.readouterr().err
 
 
-def test_ctrl_c_saves_first(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number, status", [
+    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)])
+def test_signals_save_first(tmp_path, monkeypatch, number, status):
+    """A scheduler's and a terminal's like Ctrl-C; SIGUSR1 and SIGHUP also when they come twice."""
     def step(run):
         if run.step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
+            if number in (signal.SIGUSR1, signal.SIGHUP):
+                os.kill(os.getpid(), number)
         return train.teacher_step(run)
 
     monkeypatch.setitem(train.STEPS, 0, step)
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--out", str(tmp_path), "--stage", "0", "--iters", "9", *SMALL])
-    assert stop.value.code == 130
+    before = signal.signal(number, signal.default_int_handler)  # nohup ignores it
+    try:
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--out", str(tmp_path), "--stage", "0", "--iters", "9", *SMALL])
+    finally:
+        signal.signal(number, before)
+    assert stop.value.code == status
     assert [p.name for p in runs.saved_states(tmp_path / "stage0")] == ["step-0000002"]
+
+
+def test_a_lost_terminal_stays_ignored_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catch_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert received == [] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_second_ctrl_c_does_what_it_always_did():

@@ -280,6 +280,8 @@ def test_wan_recipes(preset):
 
 def test_a_video_that_breaks_off_leaves_no_clips(tmp_path, monkeypatch):
     class Nothing:
+        length = 512
+
         def __init__(self, *args, **kwargs):
             pass
 

@@ -1,53 +1,233 @@
 """Which videos a folder holds, and what their captions are."""
 import csv
+import functools
 import io
 import json
-from pathlib import Path
+import re
+import unicodedata
+from pathlib import Path, PurePosixPath
 
-from utils.errors import UsageError, require
+from utils.errors import UsageError, first_process, require
 from utils.files import read_text
-from utils.media import VIDEO_ENDINGS, image_files
+from utils.media import OTHER_VIDEOS, VIDEO_ENDINGS, hidden, image_files
+
+LISTS = ("metadata.csv", "metadata.jsonl", "captions.csv", "captions.jsonl")  # later ones win
+FILE_COLUMNS = ("file", "file_name", "filename", "video", "path", "video_path")
+TEXT_COLUMNS = ("caption", "text", "prompt", "captions")
+
+
+@functools.cache
+def say_once(text):
+    """Print a line, once, in the first process: four stages read the same folder."""
+    if first_process():
+        print(text, flush=True)
+
+
+def some(names, most=3):
+    """The first few of these names, and how many more there are."""
+    names = sorted(map(str, names))
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+# ---------------------------------------------------------------- videos
+
+def numbered(images):
+    """Whether images are the frames of one video: one name, and a number that tells them apart."""
+    names = [re.fullmatch(r"(.*?)(\d+)(\D*)", image.stem) for image in images]
+    if not images or not all(names):
+        return False
+    around = {(name[1], name[3]) for name in names}
+    return len(around) == 1 and len({int(name[2]) for name in names}) == len(images)
+
+
+def is_video(path):
+    """Whether a path is a video file, or a folder of numbered images and of no videos."""
+    if hidden(path):
+        return False
+    if path.is_dir():
+        return not video_files(path) and numbered(image_files(path))
+    return path.suffix.lower() in VIDEO_ENDINGS
+
+
+def video_files(folder):
+    """The video files right in a folder."""
+    return [p for p in folder.iterdir()
+            if p.suffix.lower() in VIDEO_ENDINGS and p.is_file() and not hidden(p)]
 
 
 def videos_in(folder):
-    """The videos of a folder: files, and folders of numbered images. UsageError if none."""
+    """The videos of a folder: files, and folders of numbered images. Folders that hold media and
+    are not read are named. UsageError if there is no video, or if the videos lie one deeper."""
     folder, endings = Path(folder), ", ".join(VIDEO_ENDINGS)
     require(folder.is_dir(), f"{folder} is not a folder of videos: name one with {endings} files")
-    found = [p for p in folder.iterdir()
-             if p.suffix.lower() in VIDEO_ENDINGS or p.is_dir() and any(image_files(p))]
+    found = sorted(p for p in folder.iterdir() if is_video(p))
+    known = set(found)
+    folders = [p for p in folder.iterdir() if p.is_dir() and not hidden(p) and p not in known]
+    deeper = sorted(p for p in folders if video_files(p) or any(is_video(q) for q in p.iterdir()))
+    pictures = sorted(p for p in folders if p not in deeper and image_files(p))
+    if deeper and all(p.is_dir() for p in found):
+        beside = f", beside the pictures in {some(found)}" if found else ""
+        raise UsageError(f"the videos are in {some(deeper)}, one folder deeper than {folder}"
+                         f"{beside}: name that folder, or move them together into one")
+    if pictures and not found:
+        raise UsageError(f"no videos in {folder}, and the pictures in {some(pictures)} are not "
+                         "frames of one: number those as 0001.png, 0002.png and so on")
     require(found, f"no videos in {folder}: put {endings} files or folders of images there")
-    return sorted(found)
+    other = [p for p in folder.iterdir() if p.suffix.lower() in OTHER_VIDEOS and not hidden(p)]
+    for left, why in ((deeper, "videos in deeper folders"),
+                      (other, "videos of other kinds: convert them to mp4"),
+                      (pictures, "pictures that are not numbered as the frames of a video")):
+        if left:
+            say_once(f"{folder}: not read are {some(left)} ({why})")
+    return found
 
 
-def caption_rows(path):
-    """{file: caption} of a captions.csv (columns file, caption) or captions.jsonl; {} if none."""
-    if not path.is_file():
-        return {}
-    lines = io.StringIO(read_text(path), newline="")  # a quoted caption may span several lines
+# ---------------------------------------------------------------- lists of captions
+
+def column(names, choices, path, line):
+    """Which of a header's names is one of `choices`; UsageError if none is."""
+    spelled = {str(name).strip().lower().replace(" ", "_"): name for name in reversed(names)}
+    found = [spelled[choice] for choice in choices if choice in spelled]
+    require(found, f"{path}, line {line}, needs a file and a caption and has "
+            f"{', '.join(map(repr, names))[:200]}: name the columns of the first line of a csv, or "
+            "the keys of every json line, file and caption")
+    return found[0]
+
+
+def csv_rows(path):
+    """(line, file, caption) of a csv whose first line names its columns; commas, semicolons or tabs
+    separate them."""
+    text = read_text(path)
+    require(text.strip(), f"{path} is empty: write file,caption and then a row per video, or "
+            "remove it")
+    header = text.lstrip().split("\n")[0]
+    separator = max(",;\t", key=header.count)
+    # a quoted caption may span several lines
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    names, rows = None, []
     try:
-        if path.suffix == ".csv":
-            rows = list(csv.DictReader(lines))
-        else:
-            rows = [json.loads(line) for line in lines if line.strip()]
-        return {row["file"]: row["caption"].strip() for row in rows}
-    except (AttributeError, KeyError, TypeError, ValueError, csv.Error):
-        raise UsageError(f"{path} needs a file and a caption in every row, as columns of a csv or "
-                         "keys of json lines") from None
+        for row in reader:
+            if not any(field.strip() for field in row):
+                continue
+            if names is None:
+                names = row
+                file = names.index(column(names, FILE_COLUMNS, path, reader.line_num))
+                caption = names.index(column(names, TEXT_COLUMNS, path, reader.line_num))
+                continue
+            require(len(row) == len(names), f"{path}, line {reader.line_num}, has {len(row)} "
+                    f"fields and the first line {len(names)} columns: put a caption that has a "
+                    f"{separator!r} in it in double quotes")
+            rows.append((reader.line_num, row[file], row[caption]))
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {reader.line_num}, is not csv ({error}): put captions in "
+                         "double quotes, and double those inside them") from None
+    return rows
 
 
-def text_file_beside(path):
-    """Where a video's caption would be: a.txt beside a.mp4, walk.txt beside the folder walk."""
-    return path.with_name(f"{path.name}.txt") if path.is_dir() else path.with_suffix(".txt")
+def json_rows(path):
+    """(line, file, caption) of a file with one json object a line."""
+    rows = []
+    for n, line in enumerate(read_text(path).split("\n"), 1):  # U+2028 is no end of a line
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{path}, line {n}, is not json ({error}): write one object a line, "
+                             '{"file": "a.mp4", "caption": "..."}') from None
+        names = list(row) if isinstance(row, dict) else [row]
+        file = column(names, FILE_COLUMNS, path, n)
+        caption = column(names, TEXT_COLUMNS, path, n)
+        both = isinstance(row[file], str) and isinstance(row[caption], str)
+        require(both, f"{path}, line {n}, needs a text as file and a text as caption: correct it")
+        rows.append((n, row[file], row[caption]))
+    return rows
+
+
+# ---------------------------------------------------------------- from names to videos
+
+def plain(name):
+    """A name without what systems change on the way: case, and how accents are put together."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def stem_of(video):
+    """A video's name without its ending; a folder has none."""
+    return video.name if video.is_dir() else video.stem
+
+
+class Names:
+    """Videos by name: exactly, then but for case and accents, then by stem, then by both."""
+
+    def __init__(self, videos):
+        self.tables = []
+        for key in (lambda v: v.name, lambda v: plain(v.name), stem_of,
+                    lambda v: plain(stem_of(v))):
+            table = {}
+            for video in videos:
+                table.setdefault(key(video), []).append(video)
+            self.tables.append(table)
+
+    def find(self, name):
+        """The videos that a name can mean: of the first rule by which there are any."""
+        for table, key in zip(self.tables, (name, plain(name), name, plain(name))):
+            if key in table:
+                return table[key]
+        return []
+
+
+def listed_captions(path, names):
+    """({video's name: caption}, [files that are no video]) of one list."""
+    captions, lines, left = {}, {}, []
+    for n, file, caption in csv_rows(path) if path.suffix == ".csv" else json_rows(path):
+        name = PurePosixPath(file.strip().replace("\\", "/")).name
+        found = names.find(name)
+        if not found:
+            left.append(file.strip() or f"line {n}")
+            continue
+        require(len(found) == 1, f'{path}, line {n}: "{file}" can be {some(v.name for v in found)}'
+                ": write the whole name")
+        video, caption = found[0].name, caption.strip()
+        require(captions.get(video, caption) == caption, f"{path} has two captions for {video}, in "
+                f"lines {lines.get(video)} and {n}: remove one")
+        captions[video], lines[video] = caption, n
+    return captions, left
+
+
+def text_files(folder, names):
+    """({video's name: text file}, [text files that fit no video]). a.txt and a.mp4.txt belong to
+    a.mp4, walk.txt to the folder walk; of two, the one whose name is nearer wins."""
+    beside, left = {}, []
+    texts = [p for p in folder.iterdir() if p.suffix.lower() == ".txt" and not hidden(p)]
+    # exact names last, a whole name after a stem: later ones win
+    texts.sort(key=lambda p: (p.stem in names.tables[0], p.stem in names.tables[2], p.name))
+    for text in texts:
+        found = names.find(text.stem)
+        for video in found:
+            beside[video.name] = text
+        if not found:
+            left.append(text.name)
+    return beside, left
 
 
 def captions_in(folder, videos):
-    """{name of a video: caption}, from captions.csv, captions.jsonl and .txt files beside the
-    videos; the later ones win."""
-    captions = {}
-    for name in ("captions.csv", "captions.jsonl"):
-        captions |= caption_rows(Path(folder) / name)
-    for video in videos:
-        beside = text_file_beside(video)
-        if beside.is_file():
-            captions[video.name] = read_text(beside).strip()
+    """{name of a video: caption}, from metadata.csv, metadata.jsonl, captions.csv, captions.jsonl
+    and .txt files beside the videos; the later ones win. Prints how many videos have none, and
+    which rows fit no video."""
+    folder, names, captions, left = Path(folder), Names(videos), {}, []
+    for name in LISTS:
+        if (folder / name).is_file():
+            found, unknown = listed_captions(folder / name, names)
+            captions |= found
+            left += unknown
+    beside, texts = text_files(folder, names)
+    captions |= {video: read_text(path).strip() for video, path in beside.items()}
+    without = [video.name for video in videos if not captions.get(video.name)]
+    words = [f"{len(videos)} videos, {len(without)} without a caption"
+             + (f" ({some(without)})" if without and len(without) < len(videos) else ""),
+             f"{len(left)} rows without a video" + (f" ({some(left)})" if left else "")]
+    if texts:
+        words.append(f"{len(texts)} text files beside no video ({some(texts)})")
+    say_once(f"{folder}: {', '.join(words)}")
     return captions

@@ -1,5 +1,6 @@
 """Errors that a user can fix: one sentence on stderr, a non-zero exit status, no traceback."""
 import contextlib
+import os
 import signal
 import sys
 
@@ -10,10 +11,20 @@ class UsageError(ValueError):
     """A mistake in a command or its input: one sentence that names the thing and the remedy."""
 
 
+class WriteError(UsageError):
+    """A result that cannot be kept: nothing after it could be either."""
+
+
 def require(condition, sentence):
     """Raise UsageError with this sentence unless the condition holds."""
     if not condition:
         raise UsageError(sentence)
+
+
+def first_process():
+    """Whether this is the first process of a run, or its only one: what all would say alike, it
+    says alone."""
+    return os.environ.get("RANK", "") in ("", "0")
 
 
 def first_line(error):
@@ -33,6 +44,9 @@ def friendly_errors():
     """Print UsageErrors, file system errors, lack of memory and Ctrl-C as one sentence and exit:
     status 2, or 130 for Ctrl-C. Everything else keeps its traceback."""
     message, status = None, 2
+    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows \xe9 for an accent
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UsageError as error:
@@ -53,15 +67,24 @@ def friendly_errors():
         sys.exit(status)
 
 
+# what ends a run: Ctrl-C, a scheduler's end of time or of a loan, the end of a terminal
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
 @contextlib.contextmanager
 def catch_signals(*signals):
-    """A list to which the signals are appended, so that a loop can stop between two steps. A second
-    signal falls back to the default handler."""
+    """A list to which the signals (default: STOPPING) are appended, so that a loop can stop between
+    two steps. A second SIGTERM or Ctrl-C falls back to the default handler; SIGUSR1 and SIGHUP come
+    twice when a scheduler sends them to all processes of a job, and change nothing then. SIGHUP
+    stays ignored under nohup."""
+    signals = [number for number in signals or STOPPING if number != signal.SIGHUP
+               or signal.getsignal(number) is not signal.SIG_IGN]
     received, handlers = [], {number: signal.getsignal(number) for number in signals}
 
     def note(number, _):
         received.append(number)
-        signal.signal(number, handlers[number])
+        if number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handlers[number])
 
     try:
         for number in signals:

@@ -1,29 +1,48 @@
 """Files on disk: written whole or not at all, read with one clear sentence if they are damaged."""
 import contextlib
+import errno
+import hashlib
 import json
 import os
+import zlib
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from utils.errors import UsageError, first_line, require
+from utils.errors import UsageError, WriteError, first_line, first_process, require
+
+MIB = 2 ** 20
+REMEDIES = {  # what stops a file from being written -> what helps
+    errno.ENAMETOOLONG: "use a shorter name", errno.ENOENT: "choose another place",
+    errno.EROFS: "choose another place, this one cannot be written to",
+    errno.EACCES: "choose another place, or change its permissions",
+    errno.EPERM: "choose another place, or change its permissions",
+    errno.EISDIR: "it is a folder, use another name",
+    errno.ENOTDIR: "a part of the path is a file, choose another place",
+}
 
 
 @contextlib.contextmanager
 def atomic_write(path):
     """A temporary path beside `path` that is renamed to it at the end; a failure leaves nothing."""
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    # short: the file's own name may have all the bytes that a name can have
+    suffix = path.suffix if len(path.suffix) < 20 else ""
+    temporary = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):x}.{os.getpid()}.tmp{suffix}")
     try:
+        if path.is_dir():  # it and a name that is too long are known before the work is done
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()  # so that the error for a read-only folder is the file system's own
         yield temporary
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UsageError(f"cannot write {path}: {reason}; free some space or choose another "
-                         "place") from error
+        number = getattr(error, "errno", None)
+        remedy = REMEDIES.get(number, "free some space or choose another place")
+        raise WriteError(f"cannot write {path}: {reason}; {remedy}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -65,11 +84,37 @@ def read_tensors(path):
                          "the command that made it again") from None
 
 
+def first_non_finite(tensors):
+    """The name of the first of a dict of tensors that holds NaN or an infinity, or None."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            return name
+    return None
+
+
+def read_finite(path):
+    """read_tensors(), of latents and texts: UsageError if one holds NaN or an infinity."""
+    tensors = read_tensors(path)
+    bad = first_non_finite(tensors)
+    require(bad is None, f"{path} holds {bad} that are not finite (NaN), which training would take "
+            "for a learning rate that is too high: remove it, and make it again in float32")
+    return tensors
+
+
+def save_finite(path, tensors):
+    """save_tensors() of latents and texts: UsageError if one holds NaN or an infinity."""
+    bad = first_non_finite(tensors)
+    if bad is not None:
+        raise WriteError(f"{path} is not written, its {bad} are not finite (NaN): the weights that "
+                         "made them are damaged, or overflow in half precision; use float32")
+    save_tensors(path, tensors)
+
+
 def read_clip(path, network, frames, only_text=False):
     """An encoded clip: a dict with `text` (l, d) and, unless `only_text`, `latents` (f, c, h, w),
     the end of a trajectory if that is what the file holds. UsageError unless it fits `network`, a
     Config, and has at least `frames` latent frames."""
-    clip = read_tensors(path)
+    clip = read_finite(path)
     if "states" in clip:
         clip["latents"] = clip["states"][-1]
     text, latents = clip.get("text"), clip.get("latents")
@@ -96,6 +141,37 @@ def save_tensors(path, tensors):
         mode = temporary.stat().st_mode  # the user's umask; safetensors makes private files
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
         temporary.chmod(mode)
+
+
+def check_whole(paths):
+    """These safetensors files. UsageError if one is empty or cut off: by their headers, in the
+    first process, before a clip is drawn in the middle of a training."""
+    for path in paths if first_process() else ():
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except Exception as error:  # safetensors raises its own types
+            raise UsageError(f"{path} is not a readable safetensors file ({first_line(error)}): "
+                             "remove it, and run the command that made it again") from None
+    return paths
+
+
+def content_of(path):
+    """A short text that changes with a file, or with the files of a folder and their names: their
+    sizes, first, middle and last MiB. Whole videos and weights would take hours to read."""
+    path, digest = Path(path), hashlib.sha256()
+    if not path.exists():
+        return ""
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    for file in files if path.is_dir() else [path]:
+        size = file.stat().st_size
+        name = str(file.relative_to(path)) if path.is_dir() else ""
+        digest.update(f"{name} {size} ".encode(errors="surrogateescape"))
+        with open(file, "rb") as f:
+            for start in sorted({0, max(0, size // 2 - MIB // 2), max(0, size - MIB)}):
+                f.seek(start)
+                digest.update(f.read(MIB))
+    return digest.hexdigest()[:16]
 
 
 def clips_in(folder):

@@ -15,8 +15,10 @@ from PIL import Image, ImageOps
 
 from utils.errors import UsageError, first_line, require
 from utils.files import atomic_write
+from utils.video import iter_video, over_white
 
 VIDEO_ENDINGS = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi")
+OTHER_VIDEOS = (".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".ogv", ".3gp")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 FFMPEG = {  # file ending -> how ffmpeg writes it
     ".mp4": dict(codec="libx264", quality=8,
@@ -39,32 +41,45 @@ def parse_size(text):
 
 # ---------------------------------------------------------------- reading
 
+def hidden(path):
+    """Whether a name is one that programs leave behind: .ipynb_checkpoints, ._a.mp4, @eaDir."""
+    return path.name.startswith((".", "@", "#", "$", "__MACOSX"))
+
+
 def image_files(folder):
     """The images of a folder in the order of their names, numbers by value: 2.png before 10.png."""
     def natural(path):
         parts = re.split(r"(\d+)", path.name)
         return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
-    images = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
+    images = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS and not hidden(p))
     return sorted(images, key=natural)
 
 
-def fit_frame(frame, size):
-    """(H, W, 3 or 4) or grey (H, W) uint8 -> (3, h, w) uint8: resized (anti-aliased) until it
-    covers size = (h, w), or the side of a square; the centre is kept."""
+def fit_frame(frame, size, aspect=1.0):
+    """(H, W, 3) uint8 -> (3, h, w) uint8: resized (anti-aliased) until it covers size = (h, w), or
+    the side of a square; the centre is kept. aspect: width of the frame's pixels over height."""
     height, width = (size, size) if isinstance(size, int) else size
-    image = Image.fromarray(frame).convert("RGB")
+    image = Image.fromarray(frame)
+    if aspect > 1:
+        image = image.resize((round(image.width * aspect), image.height))
+    elif aspect < 1:
+        image = image.resize((image.width, round(image.height / aspect)))
     fitted = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
 
 
 def load_picture(path):
     """An image file as (H, W, 3) uint8, rotated as its EXIF says; grey (8 or 16 bits), palette and
-    CMYK become RGB."""
+    CMYK become RGB, transparent parts white."""
     first_frame = dict(plugin="pillow", index=0)
     if improps(path, **first_frame).dtype == np.uint16:  # Pillow would clip at 255
         grey = imread(path, rotate=True, **first_frame) >> 8
         return grey.astype(np.uint8)[..., None].repeat(3, 2)
+    with Image.open(path) as image:
+        transparent = image.has_transparency_data
+    if transparent:
+        return over_white(imread(path, rotate=True, mode="RGBA", **first_frame))
     return imread(path, rotate=True, mode="RGB", **first_frame)
 
 
@@ -79,27 +94,33 @@ def read_image(path, size):
     return fit_frame(frame, size)[None, None].float() / 127.5 - 1
 
 
-def open_frames(path, stack):
-    """The raw frames of a video file or a folder of images, and their rate (0 for a folder)."""
-    if path.is_dir():
-        return map(load_picture, image_files(path)), 0
-    reader = stack.enter_context(iio.get_reader(path))
-    info = reader.get_meta_data()
-    return reader, info.get("fps") or 1000 / max(1, info.get("duration") or 100)
+def folder_frames(folder):
+    """(pixels, 1.0) of the images of a folder, as iter_video() gives those of a file. UsageError
+    that names an image which cannot be read, or has another size than the first."""
+    shape = None
+    for file in image_files(folder):
+        try:
+            pixels = load_picture(file)
+        except Exception as error:
+            raise UsageError(f"{file} cannot be read as an image ({first_line(error)}): copy it "
+                             "again, or remove its folder") from None
+        shape = shape or pixels.shape
+        require(pixels.shape == shape, f"{file} has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
+                f"the images before it {shape[1]} x {shape[0]}: they are not frames of one video, "
+                "remove the folder")
+        yield pixels, 1.0
 
 
 def iter_frames(path, size, fps=0.0):
-    """The frames (3, h, w) uint8 of a video file or a folder of images, one by one, thinned to
-    `fps` unless that is 0. Raises UsageError if it cannot be read or is empty."""
+    """The frames (3, h, w) uint8 of a video file or a folder of images, one by one; those of a file
+    are thinned to `fps` unless that is 0. Raises UsageError if it cannot be read or is empty."""
     path, taken = Path(path), 0
     try:
-        with contextlib.ExitStack() as stack:
-            frames, rate = open_frames(path, stack)
-            thin = 0 < fps < rate
-            for i, frame in enumerate(frames):
-                if not thin or i == int(taken * rate / fps):
-                    yield fit_frame(frame, size)
-                    taken += 1
+        for pixels, aspect in folder_frames(path) if path.is_dir() else iter_video(path, fps):
+            yield fit_frame(pixels, size, aspect)
+            taken += 1
+    except UsageError:
+        raise
     except Exception as error:
         raise UsageError(f"{path} cannot be read as a video ({first_line(error)}): remove it, or "
                          "convert it to mp4") from None
@@ -143,8 +164,10 @@ def count_frames(path):
 def video_writer(path, fps=8, zoom=1):
     """A function that takes frames (f, 3, H, W) in [-1, 1], part by part, and writes an mp4 or gif.
 
-    Memory is constant; the file appears when all is written. Pixels are enlarged `zoom` times."""
+    Memory is constant; the file appears when all is written. Pixels are enlarged `zoom` times. The
+    last row or column is repeated in an mp4 whose sides would be odd, which H.264 cannot have."""
     path, sent = Path(path), 0
+    even = path.suffix.lower() == ".mp4"
     options = dict(fps=fps, macro_block_size=1, ffmpeg_log_level="error",
                    **FFMPEG[path.suffix.lower()])
     with atomic_write(path) as temporary:
@@ -153,7 +176,11 @@ def video_writer(path, fps=8, zoom=1):
             def write(frames):
                 nonlocal sent
                 for frame in to_uint8(frames):
-                    file.append_data(frame.repeat(zoom, 0).repeat(zoom, 1))
+                    frame = frame.repeat(zoom, 0).repeat(zoom, 1)
+                    if even and (frame.shape[0] % 2 or frame.shape[1] % 2):
+                        odd = [(0, side % 2) for side in frame.shape[:2]]
+                        frame = np.pad(frame, (*odd, (0, 0)), "edge")
+                    file.append_data(frame)
                     sent += 1
 
             yield write

@@ -193,8 +193,16 @@ def read_log(folder, steps):
     path = folder / "log.jsonl"
     if not steps or not path.is_file():
         return []
-    lines = path.read_text().splitlines()[:steps]
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    rows = [json.loads(line) for line in path.read_text().splitlines()[:steps]
+            if line.endswith("}")]
+    return [{name: math.nan if value is None else value for name, value in row.items()}
+            for row in rows]
+
+
+def as_line(row):
+    """A row of the log as a line of JSON, which has no NaN: it becomes null."""
+    plain = {name: value if math.isfinite(value) else None for name, value in row.items()}
+    return json.dumps(plain, allow_nan=False) + "\n"
 
 
 def reason_to_stop(rows, fraction):
@@ -220,14 +228,14 @@ class StageLog:
         self.tracker = open_tracker(tracker if main else "", folder, step)
         if main:
             with atomic_write(folder / "log.jsonl") as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+                temporary.write_text("".join(map(as_line, self.rows)))
             self.file = open(folder / "log.jsonl", "a")
 
     def add(self, step, minutes, numbers):
         """One more step."""
         self.rows.append({"step": step, "minutes": minutes, **numbers})
         if self.file:
-            self.file.write(json.dumps(self.rows[-1]) + "\n")
+            self.file.write(as_line(self.rows[-1]))
             self.file.flush()
         if self.tracker:
             self.tracker.add(step, self.rows[-1])

@@ -14,7 +14,7 @@ import torch
 
 from losses import GAN_LOSSES
 from model import chunk_bounds
-from utils.errors import UsageError, check_device, require
+from utils.errors import UsageError, check_device, first_process, require
 from utils.tracking import check_tracker
 
 INF = math.inf
@@ -101,7 +101,8 @@ class Parser(argparse.ArgumentParser):
         for word in message.replace("=", " ").split():
             if word in RENAMED:
                 message = f"{word} is now {RENAMED[word]}"
-        self.exit(2, f"error: {message}; {self.prog} --help lists every flag\n")
+        sentence = f"error: {message}; {self.prog} --help lists every flag\n"
+        self.exit(2, sentence if first_process() else None)  # all processes have the same flags
 
 
 def flag(name):

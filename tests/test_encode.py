@@ -1,0 +1,208 @@
+"""Encoding that is interrupted, repeated, or given other inputs: nothing lost, nothing mixed.
+
+The models are stand-ins, a "video" is a file with the number of its frames."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from scale import encode
+from utils import files
+from utils.errors import UsageError
+from utils.files import clips_in, read_tensors
+
+
+class Vae:
+    """One latent, everywhere what its weights say."""
+
+    def __init__(self, path, device="cpu"):
+        self.value = float((Path(path) / "model.safetensors").read_text())
+
+    def encode(self, x):
+        return torch.full((1, 2, 1, 1, 1), self.value)
+
+
+class Words:
+    """A caption's length."""
+    length = 9
+
+    def __init__(self, path, device="cpu"):
+        pass
+
+    def encode(self, caption):
+        return torch.full((min(self.length, len(caption.split()) + 1), 2), float(len(caption)))
+
+
+def frames(path, size, fps=0.0):
+    """As many frames as the file says, after which a broken one stops."""
+    number, _, broken = path.read_text().partition(" ")
+    yield from torch.zeros(int(number), 3, 16, 16)
+    if broken:
+        raise UsageError(f"{path} cannot be read as a video")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """A function that encodes the videos of tmp_path/clips and gives the names of the clips made
+    by this call, and what was said."""
+    for name, value in (("WanCodec", Vae), ("CaptionEncoder", Words), ("iter_frames", frames)):
+        monkeypatch.setattr(encode, name, value)
+    for folder in ("clips", "vae", "umt5"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").write_text("1")
+    (tmp_path / "clips" / "model.safetensors").unlink()
+
+    def call(*more):
+        before = {p: p.stat().st_mtime_ns for p in clips_in(tmp_path / "out")}
+        encode.main(["--videos", str(tmp_path / "clips"), "--out", str(tmp_path / "out"), "--vae",
+                     str(tmp_path / "vae"), "--text-encoder", str(tmp_path / "umt5"), "--size",
+                     "16x16", "--frames", "5", *more])
+        made = [p.name for p in clips_in(tmp_path / "out") if before.get(p) != p.stat().st_mtime_ns]
+        return [name.removesuffix(".safetensors") for name in made], capsys.readouterr().out
+
+    return call
+
+
+def test_a_bad_video_leaves_the_clips_of_others(run, tmp_path):
+    """`dog` is too short, and begins as dog-agility and dog-0000.mp4 do."""
+    videos = {"dog.mp4": "3", "dog.mp4-agility.mp4": "10", "dog.mp4-0000.mp4": "5"}
+    for name, number in videos.items():
+        (tmp_path / "clips" / name).write_text(number)
+    expected = ["dog.mp4-0000.mp4-0000", "dog.mp4-agility.mp4-0000", "dog.mp4-agility.mp4-0001"]
+    assert run()[0] == expected
+    made, said = run()
+    assert made == [] and "3 clips" in said and "skipped" in said
+    assert len(clips_in(tmp_path / "out")) == 3
+
+
+def test_what_has_changed_is_made_again(run, tmp_path):
+    clips, out = tmp_path / "clips", tmp_path / "out"
+    for name in "abc":
+        (clips / f"{name}.mp4").write_text("10")
+    assert len(run()[0]) == 6
+    assert run()[0] == []
+    (clips / "a.txt").write_text("red")  # a caption
+    made, said = run()
+    assert made == ["a.mp4-0000", "a.mp4-0001"] and "1 videos were made again" in said
+    assert read_tensors(out / "a.mp4-0000.safetensors")["text"][0, 0] == 3
+    (clips / "b.mp4").write_text("05")  # another video of the same name and length of file
+    assert run()[0] == ["b.mp4-0000"]
+    assert not (out / "b.mp4-0001.safetensors").exists()  # of the longer one before
+    (clips / "c.mp4").unlink()
+    made, said = run()
+    assert made == [] and "also holds clips of 1 videos that are not in" in said
+    assert "(c.mp4)" in said and len(clips_in(out)) == 5  # said, and not lost
+    (clips / "b.mp4").write_text("10 broken")
+    made, said = run()
+    assert made == [] and "skipped: " in said and len(clips_in(out)) == 4
+    (out / "a.mp4-0000.safetensors").unlink()
+    (out / "a.mp4-0001.safetensors").unlink()  # lost with the marker still there
+    assert len(run()[0]) == 2
+
+
+@pytest.mark.parametrize("folder, message", [
+    ("vae", "was made with another vae than"), ("umt5", "was made with another text encoder than")])
+def test_other_models_are_not_mixed_in(run, tmp_path, folder, message):
+    (tmp_path / "clips" / "a.mp4").write_text("5")
+    run()
+    (tmp_path / folder / "model.safetensors").write_text("2")
+    with pytest.raises(UsageError, match=message):
+        run()
+    (tmp_path / folder / "model.safetensors").write_text("1")
+    with pytest.raises(UsageError, match="made with 16x16 5 frames 16 fps, now it is 16x16 9"):
+        run("--frames", "9")
+    assert run()[0] == []
+
+
+def test_an_interrupted_video_leaves_no_clips_of_other_settings(run, tmp_path, monkeypatch):
+    """Killed after its second clip, then called with longer clips."""
+    (tmp_path / "clips" / "a.mp4").write_text("20")
+    save = encode.save_finite
+
+    def killed(path, tensors):
+        if path.name.endswith("-0002.safetensors"):
+            raise KeyboardInterrupt
+        save(path, tensors)
+
+    monkeypatch.setattr(encode, "save_finite", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.setattr(encode, "save_finite", save)
+    assert len(clips_in(tmp_path / "out")) == 2
+    run("--frames", "17")
+    assert [p.name for p in clips_in(tmp_path / "out")] == ["a.mp4-0000.safetensors"]
+
+
+def test_a_folder_of_an_older_version_is_made_again(run, tmp_path):
+    (tmp_path / "clips" / "a.mp4").write_text("5")
+    run()
+    (tmp_path / "out" / "done" / "a.mp4").write_text("16x16 5 frames 16 fps")
+    assert run()[0] == ["a.mp4-0000"]
+
+
+def test_a_name_that_is_too_long_is_skipped_and_listed(run, tmp_path):
+    for name in ("a.mp4", "b" * 238 + ".mp4", "é" * 120 + ".mp4", "z.mp4"):
+        (tmp_path / "clips" / name).write_text("5")
+    made, said = run()
+    assert made == ["a.mp4-0000", "z.mp4-0000"]
+    assert said.count("skipped: ") == 2 and said.count("use a shorter one") == 2
+
+
+def test_latents_that_are_not_finite_are_not_written(run, tmp_path):
+    (tmp_path / "clips" / "a.mp4").write_text("5")
+    (tmp_path / "vae" / "model.safetensors").write_text("nan")
+    with pytest.raises(UsageError, match="a.mp4-0000.safetensors is not written, its latents"):
+        run()
+    assert not clips_in(tmp_path / "out")
+
+
+def test_nothing_usable_is_an_error(run, tmp_path):
+    (tmp_path / "clips" / "a.mp4").write_text("3")
+    with pytest.raises(UsageError, match="holds no clip: none of 1 videos"):
+        run()
+
+
+def test_the_negative_prompt_stays_the_one_that_was_named(run, tmp_path):
+    (tmp_path / "clips" / "a.mp4").write_text("5")
+    for flags, length in (((), 0), (("--negative", "blur"), 4), ((), 4), (("--negative", ""), 0)):
+        run(*flags)
+        text = read_tensors(tmp_path / "out" / "negative" / "text.safetensors")["text"]
+        assert text[0, 0] == length
+
+
+def test_only_ends_of_lines_end_a_prompt(tmp_path):
+    """Not U+2028, a vertical tab, a form feed or NEL inside it."""
+    texts = ["one\u2028two", "three\x0bfour\x0cfive", "six\x85seven"]
+    (tmp_path / "prompts.txt").write_text("\r\n".join(texts) + "\n", "utf-8", newline="")
+    args = encode.arguments(["--prompts", str(tmp_path / "prompts.txt"), "--out",
+                             str(tmp_path / "out"), "--text-encoder", "t", "--device", "cpu"])
+    assert encode.inputs(args) == ([], texts)
+
+
+def test_content_tells_files_and_folders_apart(tmp_path):
+    """Size, beginning, middle, end and names count; where it lies and hidden files do not."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in (a, b):
+        folder.mkdir()
+        (folder / "w.safetensors").write_bytes(bytes(5 * files.MIB))
+    assert files.content_of(a) == files.content_of(b)
+    (b / ".cache").write_text("x")
+    assert files.content_of(a) == files.content_of(b)
+    seen = {files.content_of(a)}
+    for place in (0, 5 * files.MIB // 2, 5 * files.MIB - 1):
+        changed = bytearray(5 * files.MIB)
+        changed[place] = 1
+        (b / "w.safetensors").write_bytes(changed)
+        seen.add(files.content_of(b))
+    (a / "w.safetensors").rename(a / "v.safetensors")
+    seen.add(files.content_of(a))
+    assert len(seen) == 5 and files.content_of(tmp_path / "nowhere") == ""
+
+
+def test_captions_that_are_cut_are_said(run, tmp_path):
+    for name, words in (("a", 3), ("b", 20)):
+        (tmp_path / "clips" / f"{name}.mp4").write_text("5")
+        (tmp_path / "clips" / f"{name}.txt").write_text(name + " red" * words)
+    said = run()[1]
+    assert '1 captions fill all 9 tokens, and what is longer is cut: "b red' in said
