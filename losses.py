@@ -61,8 +61,8 @@ def guide(cond, uncond, scale):
 
 
 def frame_mean(values, t):
-    """Mean of values (b, f, ...) in which conditioning frames (t = 0) count as zero. Linear, so
-    the parts of a batch add up."""
+    """Mean of values (b, f, ...) over all frames, in which conditioning frames (t = 0) count as
+    zero. So it is linear, and the parts of a batch add up."""
     return (values.flatten(2).mean(2) * (t > 0)).mean()
 
 
@@ -133,7 +133,7 @@ def anchor_loss(x, x_end):
     """mean || x - x_end ||^2: stage 1's regression on the student's own rollout from the noise of
     a trajectory (DMD, 2311.18828, eq. 9, there with a perceptual distance).
 
-    DMD and the discriminator do not charge a student for futures that it leaves out; this does."""
+    A student that leaves futures out costs DMD and the discriminator nothing; here it pays."""
     return F.mse_loss(x.float(), x_end)
 
 

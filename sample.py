@@ -186,8 +186,8 @@ def load(args):
     # what a stream alone has
     streamed = overrides or len(args.steps or [0]) > 1 or args.prompt_at
     require(settings["stage"] or not streamed, f"{where} is a teacher, which makes a clip at "
-            "once: leave out --chunk, --sink, --window, --context-level and --prompt-at, give --steps "
-            "one number, or name a later stage with --weights")
+            "once: leave out --chunk, --sink, --window, --context-level and --prompt-at, give "
+            "--steps one number, or name a later stage with --weights")
     image, given, wanted = settings["first"], len(args.image or []), 0
     remedy = "leave out --image and add --prompt"
     if image:  # latent frames -> frames of the video

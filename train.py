@@ -214,8 +214,8 @@ def student_clip(run, x, text, draws, exit_step=None, grad=False, start=None):
     with run.autocast():
         chunks = rollout(run.nets["student"], x[:, :cfg.first], text,
                          lambda n: draws.randn(n, *x.shape[2:]), cfg.frames, cfg.student_steps,
-                         exit_step, grad, cfg.context_level, cfg.cache_grad, start,
-                         cfg.grad_chunks)
+                         exit_step=exit_step, grad=grad, context_level=cfg.context_level,
+                         cache_grad=cfg.cache_grad, start=start, grad_chunks=cfg.grad_chunks)
         return torch.cat(list(chunks), 1)
 
 
@@ -363,11 +363,12 @@ def disc_step(run, clips, update, exit_step):
                 for clip, text in (batch.real or (batch.x0, batch.text), (x, batch.text))]
         (real, _), (fake, flow) = (discriminate(run, *shown, t, exit_step) for shown in pair)
         loss = L.GAN_LOSSES[cfg.gan_loss][0](real, fake)
-        for (x_t, text), logits in zip(pair, (real, fake)) if regularise else ():
-            delta = cfg.r1r2_sigma * draws.randn(*x.shape[1:]) * L.expand_t(t > 0)  # not the image
-            penalty = L.approx_r1_r2(lambda x: discriminate(run, x, text, t, exit_step)[0], x_t,
-                                     logits, delta)
-            loss = loss + cfg.r1r2_weight * penalty
+        if regularise:
+            for (x_t, text), logits in zip(pair, (real, fake)):
+                delta = cfg.r1r2_sigma * draws.randn(*x.shape[1:]) * L.expand_t(t > 0)  # no image
+                penalty = L.approx_r1_r2(lambda x: discriminate(run, x, text, t, exit_step)[0],
+                                         x_t, logits, delta)
+                loss = loss + cfg.r1r2_weight * penalty
         told = (real > fake).float().mean()
         run.add_to(log, {"d_real": real.mean(), "d_fake": fake.mean(), "d_pairs": told}, batch)
         if shared:
@@ -472,6 +473,7 @@ def loop(run):
     run.began -= 60 * log.minutes  # as if it had never been interrupted
     with catch_signals() as received:
         while run.step < cfg.iters and not reason:
+            # as a number in the log, so that all processes agree when one was told to stop
             row = averaged({**STEPS[cfg.stage](run), "terminated": float(bool(received))})
             terminated = row.pop("terminated")
             if "motion" in row:  # relative to the real clips of the whole batch

@@ -18,7 +18,8 @@ def make_trajectories(run):
     files = [folder / f"{n:06d}.safetensors" for n in range(cfg.trajectories)]
     missing = on_rank0(lambda: [n for n, file in enumerate(files) if not file.is_file()])
     own = missing[run.rank::run.world]
-    own += missing[:1] * (-(-len(missing) // run.world) - len(own))  # as many passes on all ranks
+    # every rank makes as many passes, so one that has fewer makes a file that is made elsewhere too
+    own += missing[:1] * (-(-len(missing) // run.world) - len(own))
     keep = range(0, cfg.ode_steps, cfg.ode_steps // cfg.ode_points)
     for i in tqdm(range(0, len(own), at_once), desc="trajectories", disable=not run.is_main):
         numbers = own[i:i + at_once]
