@@ -151,7 +151,8 @@ def test_two_viewers_and_a_closed_tab(server, viewer):
     for rudely in (False, True):
         second = Viewer(server)
         assert second.picture().shape == viewer.picture().shape
-        assert status(server)["viewers"] == 2
+        wait_until(lambda: viewer.picture() is not None and second.picture() is not None
+                   and status(server)["viewers"] == 2)
         second.close(rudely)
         wait_until(lambda: viewer.picture() is not None and status(server)["viewers"] == 1)
 
