@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import torch
 from einops import rearrange
+from torch.distributed.fsdp import FSDPModule
 
 from data import Draws, held_out_ids
 from utils.media import video_writer, write_sheet
@@ -24,6 +25,9 @@ def held_out_clips(run, generate, passes):
             x = generate(run.nets["ema"], asdict(cfg), batch.x0[:, :cfg.first], batch.text,
                          lambda n: draws.randn(n, *batch.x0.shape[2:]), cfg.frames, steps)
         videos.append(run.codec.decode(x))
+    for module in run.nets["ema"].modules():  # FSDP leaves the outermost weights gathered, and the
+        if isinstance(module, FSDPModule):    # running average is updated shard by shard
+            module.reshard()
     return videos
 
 
