@@ -191,9 +191,10 @@ class Stream:
             self.change.notify_all()
 
     def next_picture(self, last):
-        """(number, JPEG) of a frame after number `last`; None when the program ends."""
+        """(number, JPEG) of a frame after number `last`, or after 5 seconds the same once more, so
+        that a closed tab is noticed; None when the program ends."""
         with self.change:
-            self.change.wait_for(lambda: self.ended or self.number > last)
+            self.change.wait_for(lambda: self.ended or self.number > last, 5)
             return None if self.ended else (self.number, self.picture)
 
     def status(self):
@@ -397,6 +398,8 @@ class Handler(BaseHTTPRequestHandler):
             number = 0
             while self.command != "HEAD" and (item := stream.next_picture(number)):
                 number, picture = item
+                if not picture:  # none has been made yet
+                    continue
                 head = f"Content-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\n\r\n"
                 self.wfile.write(head.encode() + picture + b"\r\n--frame\r\n")
         except OSError:  # a closed tab, or one that takes no pictures

@@ -1,6 +1,7 @@
 """What a stage draws: samples.png and samples.gif at its end, samples.png while it trains."""
 import torch
 from einops import rearrange
+from torch.distributed.fsdp import FSDPModule
 
 from data import Draws, held_out_ids
 from scale.clips import sample_clips
@@ -17,6 +18,9 @@ def held_out_clips(run, passes):
         # the same noise for all, and at every step: what differs is the network
         draws = Draws(batch.clip_ids, "samples", cfg.seed, device=run.device)
         videos.append(run.codec.decode(sample_clips(run, "ema", batch, draws, steps)))
+    for module in run.nets["ema"].modules():  # FSDP leaves the outermost weights gathered, and the
+        if isinstance(module, FSDPModule):    # running average is updated shard by shard
+            module.reshard()
     return videos
 
 

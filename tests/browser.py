@@ -89,7 +89,7 @@ class Browser:
             assert time.monotonic() < limit, f"{expression}: {self.run('document.body.innerText')}"
             time.sleep(0.1)
 
-    def screenshot(self, width=920, height=640):
+    def screenshot(self, width=920, height=700):
         """The page as PNG."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height,
                   deviceScaleFactor=1, mobile=False)
@@ -99,6 +99,6 @@ class Browser:
 if __name__ == "__main__":
     with Browser() as browser:
         browser.open(sys.argv[1])
-        time.sleep(8)  # until it has played for a while
+        time.sleep(4)  # until it has played for a while
         with open(sys.argv[2], "wb") as file:
             file.write(browser.screenshot())

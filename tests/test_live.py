@@ -151,9 +151,23 @@ def test_two_viewers_and_a_closed_tab(server, viewer):
     for rudely in (False, True):
         second = Viewer(server)
         assert second.picture().shape == viewer.picture().shape
-        assert status(server)["viewers"] == 2
+        wait_until(lambda: viewer.picture() is not None and second.picture() is not None
+                   and status(server)["viewers"] == 2)
         second.close(rudely)
         wait_until(lambda: viewer.picture() is not None and status(server)["viewers"] == 1)
+
+
+def test_a_viewer_that_takes_no_pictures_is_let_go(server, viewer, monkeypatch):
+    """When the system's buffers are full, after the handler's patience."""
+    monkeypatch.setattr(live.Handler, "timeout", 0.3)
+    monkeypatch.setattr(server.stream, "zoom", 40)  # large pictures
+    stalled = socket.socket()
+    stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    stalled.connect(("127.0.0.1", server.server_port))
+    stalled.sendall(b"GET /stream HTTP/1.0\r\nHost: localhost\r\n\r\n")
+    wait_until(lambda: viewer.picture() is not None and status(server)["viewers"] == 2)
+    wait_until(lambda: viewer.picture() is not None and status(server)["viewers"] == 1)
+    stalled.close()
 
 
 def test_without_viewers_it_waits(server):

@@ -9,7 +9,8 @@ import torch
 
 import train
 from scale import pictures
-from tests.common import SMALL, WAN, command, logs, small_config, small_run, small_wan, weights
+from tests.common import (SMALL, WAN, command, logs, several_processes, small_config, small_run,
+                          small_wan, weights)
 from utils import tracking
 from utils.errors import UsageError
 
@@ -32,6 +33,13 @@ def test_previews_change_no_weights(small_run, tmp_path, monkeypatch, stage):
     assert (tmp_path / f"stage{stage}" / "samples.png").is_file()
 
 
+def test_previews_of_several_processes(small_run, tmp_path):
+    """All of them take part, one draws."""
+    flags = ["--iters", 2, "--preview-every", 1, "--samples", 2, "--out", tmp_path]
+    several_processes(2, tmp_path, *command(small_run, 2, *flags))
+    assert (tmp_path / "stage2" / "samples.png").is_file()
+
+
 def test_nothing_to_preview_is_said(tmp_path, capsys):
     with pytest.raises(UsageError, match="--samples 0 leaves --preview-every nothing"):
         small_config(0, "--preview-every", 5)
@@ -43,7 +51,7 @@ def test_nothing_to_preview_is_said(tmp_path, capsys):
 
 
 def test_tensorboard_has_what_the_log_has(small_run, tmp_path):
-    """Also after a stage went on; what is logged changes neither weights nor whether it goes on."""
+    """Also after a killed run went on from an earlier step; and no weight changes."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     stage = tmp_path / "stage0"
@@ -57,6 +65,11 @@ def test_tensorboard_has_what_the_log_has(small_run, tmp_path):
         values = [event.value for event in events.Scalars(name)]
         assert values == pytest.approx([row[name] for row in rows], rel=1e-6)
     assert all(torch.equal(w, weights(small_run / "stage0")[k]) for k, w in weights(stage).items())
+    again = tracking.open_tracker("tensorboard", stage, 1)
+    again.add(2, {"loss": 7.0})
+    again.close()
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")][1:] == [(2, 7.0)]
 
 
 def test_wandb_has_what_the_log_has(small_run, tmp_path, monkeypatch):
