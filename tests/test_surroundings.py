@@ -18,7 +18,7 @@ import train
 from experiments import bench, evaluate
 from scale import parallel
 from scale.run import Run
-from tests.common import small_config, small_run
+from tests.common import colour_clip, small_config, small_run
 from utils import errors, files, runs
 from utils.errors import UsageError, WriteError, friendly_errors
 
@@ -130,6 +130,19 @@ def test_trajectories_that_are_not_finite_are_named(small_run, tmp_path):
     with pytest.raises(UsageError, match="states are not finite .*use float32"):
         files.save_finite(tmp_path / "a.safetensors", path)
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_clips_that_changed_since_a_stage_began_are_said(tmp_path, capsys):
+    for name in "ab":
+        colour_clip(tmp_path, f"{name}.gif")
+    cfg = small_config(0, "--data", tmp_path, "--out", tmp_path.parent / "changed")
+    runs.init_stage_dir(cfg, False)
+    (runs.stage_dir(cfg) / "metrics.json").write_text("{}")
+    assert runs.decide_resume(cfg, train.TrainConfig()) == "keep"
+    assert "are not those" not in capsys.readouterr().err
+    (tmp_path / "b.gif").unlink()
+    assert runs.decide_resume(cfg, train.TrainConfig()) == "keep"
+    assert "was begun with: clips have other numbers now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", None])

@@ -173,6 +173,16 @@ def content_of(path, piece=2 ** 20):
     return digest.hexdigest()[:16]
 
 
+def listing_of(folder):
+    """A short text that changes with the names and sizes of the files in a folder."""
+    digest, folder = hashlib.sha256(), Path(folder)
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and not file.name.startswith("."):
+            line = f"{file.relative_to(folder)} {file.stat().st_size}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
 def clips_in(folder):
     """The .safetensors files of a folder, without those that are being written."""
     return sorted(p for p in Path(folder).glob("*.safetensors") if not p.name.startswith("."))
