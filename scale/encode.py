@@ -49,10 +49,18 @@ class Texts:
 LONGEST = 255 - len("-0000.safetensors")  # bytes of a video's name, or its clips have no name
 
 
-def clips_of(out, name):
-    """The finished clips of one video, and of no other whose name begins alike."""
-    pattern = re.compile(re.escape(name) + r"-\d{4,}\.safetensors")
-    return [clip for clip in clips_in(out) if pattern.fullmatch(clip.name)]
+def clips_by_video(out):
+    """{name of a video: its finished clips}. Only all before the last number is the name: dog.mp4's
+    are not those of dog.mp4-agility.mp4."""
+    found = {}
+    for clip in clips_in(out):
+        found.setdefault(re.sub(r"-\d{4,}\.safetensors$", "", clip.name), []).append(clip)
+    return found
+
+
+def clip_file(out, name, n):
+    """Where clip `n` of a video goes."""
+    return Path(out) / f"{name}-{n:04d}.safetensors"
 
 
 def encode_video(path, caption, codec, words, size, args):
@@ -64,8 +72,7 @@ def encode_video(path, caption, codec, words, size, args):
     clip = list(itertools.islice(frames, args.frames))
     while len(clip) == args.frames:
         latents = codec.encode(torch.stack(clip)[None].float() / 127.5 - 1)[0]
-        file = Path(args.out) / f"{path.name}-{n:04d}.safetensors"
-        save_finite(file, {"latents": latents, "text": text})
+        save_finite(clip_file(args.out, path.name, n), {"latents": latents, "text": text})
         n += 1
         clip = list(itertools.islice(frames, args.frames))
     require(n, f"{path} is shorter than a clip of {args.frames} frames")
@@ -96,46 +103,51 @@ def check_folder(args):
     return common
 
 
-def remove_clips(out, name):
-    """Take a video's clips and its marker away, the marker first: what is left without one is made
-    again."""
+def remove_video(out, name, clips):
+    """Take a video's marker and clips away, the marker first: what has none is made again."""
     (out / "done" / name).unlink(missing_ok=True)
-    for clip in clips_of(out, name):
-        clip.unlink()
+    for clip in clips:
+        clip.unlink(missing_ok=True)
 
 
 def encode_videos(sources, size, words, common, args):
     """All videos. Those that cannot be used are listed and leave nothing."""
     out, skipped, again = Path(args.out), [], 0
     codec, captions = WanCodec(args.vae, args.device), captions_in(args.videos, sources)
+    before = clips_by_video(out)
     for path in tqdm(sources, unit="video"):
-        caption = captions.get(path.name, "")
-        origin = {**common, "caption": caption, "video": content_of(path)}
+        caption, clips = captions.get(path.name, ""), before.get(path.name, [])
+        origin = {**common, "caption": caption, "video": content_of(path, 2 ** 16)}
         made = read_marker(out / "done" / path.name)
-        if made == origin and clips_of(out, path.name):
+        if made == origin and clips:
             continue
         again += bool(made)
-        remove_clips(out, path.name)
+        remove_video(out, path.name, clips)
         try:
             encode_video(path, caption, codec, words, size, args)
         except WriteError:
             raise
         except UsageError as error:
             skipped.append(str(error))
-            remove_clips(out, path.name)  # of a video that breaks off in the middle
+            written = (clip_file(out, path.name, n) for n in itertools.count())
+            remove_video(out, path.name, itertools.takewhile(os.path.exists, written))
             continue
         write_json(out / "done" / path.name, origin)
-    clips = clips_in(out)
-    print(f"{len(clips)} clips in {out}" + (f"; {again} videos were made again, their file or "
-                                            "caption has changed" if again else ""))
+    report(sources, skipped, again, args)
+
+
+def report(sources, skipped, again, args):
+    """What the folder holds now. UsageError if that is nothing."""
+    clips, total = clips_by_video(args.out), len(clips_in(args.out))
+    changed = f"; {again} videos were made again, their file or caption has changed"
+    print(f"{total} clips in {args.out}{changed if again else ''}")
     for line in skipped:
         print(f"skipped: {line}")
-    names = {path.name for path in sources}
-    gone = {re.sub(r"-\d{4,}\.safetensors$", "", clip.name) for clip in clips} - names
+    gone = clips.keys() - {path.name for path in sources}
     if gone:
-        print(f"{out} also holds clips of {len(gone)} videos that are not in {args.videos} "
+        print(f"{args.out} also holds clips of {len(gone)} videos that are not in {args.videos} "
               f"({some(gone)}): remove them, or they are trained on too")
-    require(clips, f"{out} holds no clip: none of {len(sources)} videos could be used")
+    require(total, f"{args.out} holds no clip: none of {len(sources)} videos could be used")
 
 
 def encode_prompts(lines, words, out):

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from utils.errors import UsageError, first_line, require
+from utils.errors import UsageError, first_line, require, wait_for_the_first
 
 # keys and values leave a block as views, and nothing changes them in place
 warnings.filterwarnings("ignore", "FSDP2-wrapped module")
@@ -94,6 +94,7 @@ def processes(device=""):
     except (UsageError, OSError) as error:
         if store is None or not said_before(store, str(error)):
             raise
+        wait_for_the_first()
         raise SystemExit(2) from None
     finally:
         gc.collect()
@@ -135,7 +136,10 @@ def on_rank0(function, *args):
     if dist.is_initialized():
         dist.broadcast_object_list(answer)
     if isinstance(answer[0], Exception):
-        raise SystemExit(2) if world()[0] else answer[0]
+        if world()[0]:
+            wait_for_the_first()
+            raise SystemExit(2)
+        raise answer[0]
     return answer[0]
 
 

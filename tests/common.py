@@ -167,7 +167,8 @@ def colour_clip(folder, name, frames=12, side=(48, 64)):
             iio.imwrite(folder / name / f"{i:03d}.png", frame)
 
 
-def write_frames(path, frames, rate=10, times=None, aspect=1, rotation=0, transfer=0, primaries=0):
+def write_frames(path, frames, rate=10, times=None, aspect=1, rotation=0, transfer=0, primaries=0,
+                 **options):
     """A video of grey levels or grey pictures (H, W), through PyAV, as cameras write them: shown at
     `times` / rate seconds, pixels `aspect` times as wide as high, turned, with other colours."""
     frames = [np.full((48, 64), frame, np.uint8) if np.ndim(frame) == 0 else frame
@@ -177,7 +178,7 @@ def write_frames(path, frames, rate=10, times=None, aspect=1, rotation=0, transf
     codec = {".webm": "libvpx-vp9", ".avi": "mpeg4"}.get(path.suffix, "libx264")
     with av.open(str(path), "w", options={"movflags": "faststart"} if path.suffix == ".mp4" else {}
                  ) as file:
-        stream = file.add_stream(codec, rate=rate)
+        stream = file.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = frames[0].shape
         stream.codec_context.time_base = Fraction(1, rate)
         stream.codec_context.sample_aspect_ratio = Fraction(aspect)

@@ -13,6 +13,9 @@ from utils.errors import UsageError
 from utils.files import clips_in, read_tensors
 
 
+MIB = 2 ** 20
+
+
 class Vae:
     """One latent, everywhere what its weights say."""
 
@@ -185,13 +188,13 @@ def test_content_tells_files_and_folders_apart(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     for folder in (a, b):
         folder.mkdir()
-        (folder / "w.safetensors").write_bytes(bytes(5 * files.MIB))
+        (folder / "w.safetensors").write_bytes(bytes(5 * MIB))
     assert files.content_of(a) == files.content_of(b)
     (b / ".cache").write_text("x")
     assert files.content_of(a) == files.content_of(b)
     seen = {files.content_of(a)}
-    for place in (0, 5 * files.MIB // 2, 5 * files.MIB - 1):
-        changed = bytearray(5 * files.MIB)
+    for place in (0, 5 * MIB // 2, 5 * MIB - 1):
+        changed = bytearray(5 * MIB)
         changed[place] = 1
         (b / "w.safetensors").write_bytes(changed)
         seen.add(files.content_of(b))

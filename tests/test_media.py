@@ -212,6 +212,15 @@ def test_hdr_is_refused(tmp_path, transfer, primaries):
         media.read_video(tmp_path / "a.mp4", 16)
 
 
+def test_interlaced_video_is_said(tmp_path, capsys):
+    write_frames(tmp_path / "a.mp4", [50] * 2, **{"x264-params": "interlaced=1"})
+    write_frames(tmp_path / "b.mp4", [50] * 2)
+    for name in ("a.mp4", "b.mp4"):
+        assert len(media.read_video(tmp_path / name, 16)) == 2
+    said = capsys.readouterr().err
+    assert "a.mp4 is marked as interlaced" in said and "b.mp4" not in said
+
+
 def test_transparent_parts_are_white(tmp_path):
     picture = np.zeros((20, 20, 4), np.uint8)
     picture[5:15, 5:15] = 255, 0, 0, 255

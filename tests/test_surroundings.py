@@ -18,8 +18,8 @@ import train
 from experiments import bench, evaluate
 from scale import parallel
 from scale.run import Run
-from tests.common import small_config, small_run
-from utils import files, runs
+from tests.common import colour_clip, small_config, small_run
+from utils import errors, files, runs
 from utils.errors import UsageError, WriteError, friendly_errors
 
 
@@ -65,6 +65,7 @@ def test_many_processes_say_a_sentence_once(monkeypatch):
     """Of all that fail alike one says it; another error is said as well."""
     store = torch.distributed.HashStore()
     monkeypatch.setattr(parallel, "connect", lambda cuda: store)
+    monkeypatch.setattr(errors, "PATIENCE", 0.01)
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
 
@@ -82,12 +83,16 @@ def test_many_processes_say_a_sentence_once(monkeypatch):
         process(OSError("full"))
 
 
-@pytest.mark.parametrize("rank, times", [("", 1), ("0", 1), ("1", 0)])
-def test_a_wrong_flag_is_said_by_the_first_process(monkeypatch, capsys, rank, times):
+@pytest.mark.parametrize("rank, waits", [("", False), ("0", False), ("1", True)])
+def test_a_wrong_flag_is_said_by_the_first_process(monkeypatch, capsys, rank, waits):
+    """The others wait until torchrun ends them; if it does not, they say it too."""
+    waited = []
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
     monkeypatch.setenv("RANK", rank)
     with pytest.raises(SystemExit) as stop:
         train.main(["--nonsense"])
-    assert stop.value.code == 2 and capsys.readouterr().err.count("--nonsense") == times
+    assert stop.value.code == 2 and "--nonsense" in capsys.readouterr().err
+    assert waited == [errors.PATIENCE] * waits
 
 
 def test_a_terminal_without_utf8_shows_a_caption_somehow(monkeypatch):
@@ -125,6 +130,19 @@ def test_trajectories_that_are_not_finite_are_named(small_run, tmp_path):
     with pytest.raises(UsageError, match="states are not finite .*use float32"):
         files.save_finite(tmp_path / "a.safetensors", path)
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_clips_that_changed_since_a_stage_began_are_said(tmp_path, capsys):
+    for name in "ab":
+        colour_clip(tmp_path, f"{name}.gif")
+    cfg = small_config(0, "--data", tmp_path, "--out", tmp_path.parent / "changed")
+    runs.init_stage_dir(cfg, False)
+    (runs.stage_dir(cfg) / "metrics.json").write_text("{}")
+    assert runs.decide_resume(cfg, train.TrainConfig()) == "keep"
+    assert "are not those" not in capsys.readouterr().err
+    (tmp_path / "b.gif").unlink()
+    assert runs.decide_resume(cfg, train.TrainConfig()) == "keep"
+    assert "was begun with: clips have other numbers now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", None])

@@ -3,8 +3,11 @@ import contextlib
 import os
 import signal
 import sys
+import time
 
 import torch
+
+PATIENCE = 10  # seconds
 
 
 class UsageError(ValueError):
@@ -25,6 +28,12 @@ def first_process():
     """Whether this is the first process of a run, or its only one: what all would say alike, it
     says alone."""
     return os.environ.get("RANK", "") in ("", "0")
+
+
+def wait_for_the_first():
+    """Give the process that says an error time to say it: torchrun ends all others, and the one
+    that speaks among them, as soon as one is gone."""
+    time.sleep(PATIENCE)
 
 
 def first_line(error):

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from utils.errors import UsageError, WriteError, first_line, first_process, require
 
-MIB = 2 ** 20
 REMEDIES = {  # what stops a file from being written -> what helps
     errno.ENAMETOOLONG: "use a shorter name", errno.ENOENT: "choose another place",
     errno.EROFS: "choose another place, this one cannot be written to",
@@ -156,9 +155,9 @@ def check_whole(paths):
     return paths
 
 
-def content_of(path):
+def content_of(path, piece=2 ** 20):
     """A short text that changes with a file, or with the files of a folder and their names: their
-    sizes, first, middle and last MiB. Whole videos and weights would take hours to read."""
+    sizes and their first, middle and last `piece` bytes. All of them would take hours to read."""
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():
         return ""
@@ -168,9 +167,19 @@ def content_of(path):
         name = str(file.relative_to(path)) if path.is_dir() else ""
         digest.update(f"{name} {size} ".encode(errors="surrogateescape"))
         with open(file, "rb") as f:
-            for start in sorted({0, max(0, size // 2 - MIB // 2), max(0, size - MIB)}):
+            for start in sorted({0, max(0, size // 2 - piece // 2), max(0, size - piece)}):
                 f.seek(start)
-                digest.update(f.read(MIB))
+                digest.update(f.read(piece))
+    return digest.hexdigest()[:16]
+
+
+def listing_of(folder):
+    """A short text that changes with the names and sizes of the files in a folder."""
+    digest, folder = hashlib.sha256(), Path(folder)
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and not file.name.startswith("."):
+            line = f"{file.relative_to(folder)} {file.stat().st_size}\n"
+            digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
 

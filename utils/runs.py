@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from model import Config
 from utils.errors import UsageError, require
-from utils.files import atomic_write, read_json, write_json
+from utils.files import atomic_write, listing_of, read_json, write_json
 from utils.tracking import open_tracker
 
 SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "student"
@@ -170,7 +171,17 @@ def decide_resume(cfg, defaults):
     require(known.get("origin", origin) == origin, f"{folder} was started from other weights than "
             f"those that are now in {sources}: --no-resume trains it again, another --out or --tag "
             "keeps it")
+    files = data_files(cfg)
+    if known.get("data_files", files) != files:
+        print(f"the files in {cfg.data} are not those that {folder} was begun with: clips have "
+              "other numbers now, and what is finished has not seen the change (--no-resume trains "
+              "it again)", file=sys.stderr)
     return "keep" if (folder / "metrics.json").is_file() else "train"
+
+
+def data_files(cfg):
+    """What --data holds, in short; "" for the toy world."""
+    return listing_of(cfg.data) if cfg.data else ""
 
 
 def as_json(cfg):
@@ -185,6 +196,7 @@ def init_stage_dir(cfg, anew):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", {**asdict(cfg), "origin": origins(cfg),
+                                        "data_files": data_files(cfg),
                                         "steps_before": steps_before(cfg)})
 
 

@@ -14,7 +14,8 @@ import torch
 
 from losses import GAN_LOSSES
 from model import chunk_bounds
-from utils.errors import UsageError, check_device, first_process, require
+from utils.errors import (UsageError, check_device, first_process, require,
+                          wait_for_the_first)
 from utils.tracking import check_tracker
 
 INF = math.inf
@@ -101,8 +102,9 @@ class Parser(argparse.ArgumentParser):
         for word in message.replace("=", " ").split():
             if word in RENAMED:
                 message = f"{word} is now {RENAMED[word]}"
-        sentence = f"error: {message}; {self.prog} --help lists every flag\n"
-        self.exit(2, sentence if first_process() else None)  # all processes have the same flags
+        if not first_process():  # all processes have the same flags
+            wait_for_the_first()
+        self.exit(2, f"error: {message}; {self.prog} --help lists every flag\n")
 
 
 def flag(name):

@@ -106,6 +106,7 @@ def file_frames(path, stack):
                               "seconds")
             if start is None:
                 check_colours(path, frame)
+                say_interlaced(path, frame)
             if frame.pts is not None:
                 time = float(frame.pts * frame.time_base)
             else:
@@ -150,6 +151,13 @@ def check_colours(path, frame):
         trc = "BT.2020 colours"
     require(not trc, f"{path} is HDR video ({trc}), whose colours would come out pale: convert it "
             f"first, for instance {TO_SDR}")
+
+
+def say_interlaced(path, frame):
+    """A line for interlaced video. It is no error: whole frames are often marked so as well."""
+    if frame.interlaced_frame and first_process():
+        print(f"{path} is marked as interlaced: if moving edges look like combs, convert it with "
+              "ffmpeg -i IN -vf bwdif OUT.mp4", file=sys.stderr)
 
 
 def over_white(rgba):
