@@ -10,21 +10,19 @@ serving both call it, which closes the gap between training and use (Self Forcin
 import math
 import signal
 import time
-from dataclasses import asdict, fields
-from pathlib import Path
+from dataclasses import fields
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import PatchCodec
 from losses import add_noise, guide, make_timesteps, schedule, x0_from_flow
-from model import PRESETS, Config, KVCache, build
-from utils.errors import catch_signals, friendly_errors, require
+from model import Config, KVCache, build
+from scale.serve import arguments, chosen_stage, open_stage, rates, toy_inputs, wan_inputs
+from utils.errors import catch_signals, friendly_errors
 from utils.media import video_writer
-from utils.runs import newest_stage, read_settings
 from utils.settings import synced_time
-from utils.weights import load_into, open_weights
+from utils.weights import load_into
 
 
 # ---------------------------------------------------------------- the teacher
@@ -62,6 +60,11 @@ def sample_ode(velocity, noise, first, times, keep=()):
 
 
 # ---------------------------------------------------------------- the student
+def times_of(steps, shift):
+    """Times of a chunk's passes, from their number or as they are."""
+    return list(steps) if isinstance(steps, tuple) else schedule(steps, shift)
+
+
 def context_pass(model, cache, x, text, level, randn, grad):
     """Put a finished chunk into the cache: one pass over it at `level` (0 in the paper), whose keys
     and values stay. The chunk is detached: no gradient reaches it through later chunks."""
@@ -81,7 +84,8 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
     first          (b, k, c, h, w) conditioning image, a chunk of its own; k = 0 for none
     randn          callable (number of frames) -> noise (b, number, c, h, w)
     frames         stop at this many, the image included; the last chunk is whole. None: endless
-    steps          passes per chunk; a list: one number per chunk, the last for all that follow
+    steps          passes per chunk, or a tuple of their times; a list: one per chunk, the last for
+                   all that follow
     exit_step      leave after this pass (0-based), not the last (Self Forcing draws it at random)
     grad           the exit pass of every chunk carries a gradient
     context_level  noise level of image and finished chunks in the cache (Diagonal Forcing: 0.1);
@@ -91,8 +95,8 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
     start          (b, f, c, h, w) noise for the first pass of every chunk, in place of randn's
     """
     cfg = model.cfg
-    cache = KVCache(cfg.sink, cfg.window, detach=not cache_grad)
-    plan = list(steps) if isinstance(steps, (list, tuple)) else [steps]
+    cache = KVCache(cfg.sink, cfg.window, not cfg.absolute_positions, not cache_grad)
+    plan = list(steps) if isinstance(steps, list) else [steps]
     done, finished = first.shape[1], None
     if done:
         yield first
@@ -103,7 +107,7 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
             context_pass(model, cache, finished, text, level, randn, grad and cache_grad)
         elif finished is not None:
             cache.commit()
-        times = schedule(plan.pop(0) if len(plan) > 1 else plan[0], cfg.shift)
+        times = times_of(plan.pop(0) if len(plan) > 1 else plan[0], cfg.shift)
         last = len(times) - 1 if exit_step is None else min(exit_step, len(times) - 1)
         x = randn(cfg.chunk) if start is None else start[:, done:done + cfg.chunk]
         for i, t in enumerate(times[:last + 1]):
@@ -117,12 +121,12 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
 
 
 @torch.no_grad()
-def generate_chunks(net, settings, first, text, randn, frames, steps=None):
-    """A clip from the network of a stage, chunk by chunk: the teacher's whole ODE in stage 0, the
-    causal rollout after it."""
+def generate_chunks(net, settings, first, text, randn, frames, steps=None, negative=None):
+    """A clip from the network of a stage, chunk by chunk: the teacher's whole ODE in stage 0, away
+    from the embedded `negative` prompt (l, d); the causal rollout after it."""
     if settings["stage"] == 0:
-        times = schedule(steps or settings["ode_steps"], net.cfg.shift)
-        velocity = with_cfg(net, text, settings["guidance"])
+        times = times_of(steps or settings["ode_steps"], net.cfg.shift)
+        velocity = with_cfg(net, text, settings["guidance"], negative)
         yield sample_ode(velocity, randn(frames), first, times)[0]
     else:
         steps = steps or settings["student_steps"]
@@ -136,68 +140,39 @@ def generate(net, settings, first, text, randn, frames, steps=None):
     return torch.cat(chunks, 1)[:, :frames]
 
 
-def load_stage(folder, preset=None, device="cpu", dtype=torch.float32):
-    """(network, codec or None, settings dict) of a stage's folder, or of a student's official
-    weights, whose shape `preset` gives. Weights are read one tensor at a time.
-
-    Raises UsageError if they are missing."""
-    folder, settings = Path(folder), read_settings(folder)
-    path, codec = folder, None
-    if settings is None:
-        choices = " or ".join(name for name in PRESETS if name != "toy")
-        require(preset in PRESETS, f"{folder} holds weights alone: add --preset {choices}")
-        official = {"stage": 2, "student_steps": 4, "context_level": 0.0}
-        settings = {**asdict(Config(**PRESETS[preset])), **official}
-    else:
-        path = folder / "ema.safetensors"
-        codec = PatchCodec.load(folder / "codec.safetensors")
+def load_network(weights, settings, device="cpu", dtype=torch.float32):
+    """The network that a stage's settings describe, filled one tensor at a time."""
     cfg = Config(**{field.name: settings[field.name] for field in fields(Config)})
     with torch.device("meta"):
         net = build(cfg)
-    net = net.to(dtype).to_empty(device=device)
-    return load_into(net, open_weights(path), path), codec, settings
+    return load_into(net.to(dtype).to_empty(device=device), weights, weights.where)
+
+
+def load_stage(folder, preset=None, device="cpu", dtype=torch.float32):
+    """(network, codec or None, settings dict) of a stage's folder, or of a student's official
+    weights; `preset` says their shape where it cannot be inferred. UsageError if missing."""
+    weights, codec, settings = open_stage(folder, preset)
+    return load_network(weights, settings, device, dtype), codec, settings
 
 
 # ---------------------------------------------------------------- the command
-def load(args):
-    """(network, codec, settings, where) with what the command line overrides."""
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    folder = args.weights or newest_stage()
-    net, codec, settings = load_stage(folder, args.preset, args.device, dtype)
-    where = settings.get("where", "this network")
-    typed = {name: getattr(args, name) for name in ("chunk", "sink", "window", "context_level")}
-    overrides = {name: value for name, value in typed.items() if value is not None}
-    require(not args.preset or "where" not in settings, f"{where} knows its shape: leave out "
-            "--preset")
-    plain = not overrides and len(args.steps or [0]) == 1
-    require(settings["stage"] or plain, f"{where} is a teacher, which makes a clip at once: leave "
-            "out --chunk, --sink, --window and --context-level, give --steps one number, or name "
-            "a later stage with --weights")
-    image, given = settings["first"], len(args.image or [])
-    wanted = 1 + (codec.ratio if codec else 4) * (image - 1) if image else 0  # frames of the video
-    remedy = f"give --image {wanted} files" if image else "leave out --image and add --prompt"
-    require(given in (0, wanted), f"{where} was trained with --first {image}: {remedy}")
-    settings["context_level"] = overrides.pop("context_level", settings["context_level"])
-    for name, value in overrides.items():
-        setattr(net.cfg, name, value)
-    return net, codec, settings, where
-
-
 @torch.no_grad()
 def main(argv=None):
     """Write one clip to one file."""
-    from scale.serve import arguments, rates, toy_inputs, wan_inputs  # the plumbing
     args = arguments(argv, __doc__)
-    net, codec, settings, where = load(args)
-    if codec is None:
-        codec, first, text, caption = wan_inputs(args, settings, where)
+    weights, codec, settings, where = chosen_stage(args)
+    if codec is None:  # the text encoder has left memory before the network comes
+        codec, first, text, caption, negative = wan_inputs(args, settings, where)
     else:
-        codec, first, text, caption = toy_inputs(args, codec, settings, where)
+        codec, first, text, caption, negative = toy_inputs(args, codec, settings, where)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    net = load_network(weights, settings, args.device, dtype)
     first, text = first.to(args.device)[:, :settings["first"]], text.to(args.device)
     noise = torch.Generator().manual_seed(args.seed)
     frames = args.frames or 1 + codec.ratio * (settings["frames"] - 1)
     latents = 1 + math.ceil((frames - 1) / codec.ratio)
     steps = args.steps[0] if args.steps and len(args.steps) == 1 else args.steps
+    steps = tuple(args.times) if args.times else steps
     fps, zoom = 16, 1
     if codec.ratio == 1:
         fps, zoom = 8, max(1, 256 // settings["size"])
@@ -205,7 +180,7 @@ def main(argv=None):
     def randn(number):
         return torch.randn(1, number, *first.shape[2:], generator=noise).to(args.device)
 
-    chunks = generate_chunks(net, settings, first, text, randn, latents, steps)
+    chunks = generate_chunks(net, settings, first, text, randn, latents, steps, negative)
     decode = codec.decoder()
     half = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
     began, marks, written = time.perf_counter(), [], 0

@@ -40,7 +40,7 @@ from utils.media import video_writer, write_sheet
 from utils.runs import (StageLog, decide_resume, init_stage_dir, locked, reason_to_stop, stage_dir,
                         start_from)
 from utils.settings import (Parser, add_fields, default_device, default_dtype, given_values,
-                            synced_time, validate)
+                            inferred_preset, synced_time, validate)
 
 
 @dataclass
@@ -53,6 +53,7 @@ class TrainConfig(Config):
     tag: str = ""                   # suffix of the stage's folder: stage3-TAG
     init: str = ""                  # stage folder to start from; default: the stage before
     teacher: str = ""               # folder of the teacher, or official weights; default: stage 0
+    real_score: str = ""            # larger network for stage 2's real score; default: the teacher
     seed: int = 0                   # random seed
     resume: bool = True             # continue an unfinished stage and keep a finished one
     device: str = ""                # cuda, mps or cpu; default: the first there is
@@ -139,10 +140,11 @@ RECIPES = {  # preset -> stage -> what differs from the defaults; docs/results.m
 
 def make_config(overrides, stage):
     """The settings of one stage: defaults, preset, its recipe, then `overrides`; checked."""
-    preset = overrides.get("preset", "toy")
+    preset = inferred_preset(overrides)
     require(preset in PRESETS, f"--preset {preset} is unknown: choose from {', '.join(PRESETS)}")
     require(stage in RECIPES[preset], f"--stage {stage} is unknown: choose 0, 1, 2 or 3")
-    cfg = TrainConfig(**{**PRESETS[preset], **RECIPES[preset][stage], **overrides, "stage": stage})
+    settings = {**PRESETS[preset], **RECIPES[preset][stage], **overrides}
+    cfg = TrainConfig(**{**settings, "preset": preset, "stage": stage})
     cfg.out = cfg.out or f"out/{preset}"
     cfg.data = cfg.data and str(Path(cfg.data).resolve())  # sample.py finds it from elsewhere
     cfg.device = cfg.device or default_device()

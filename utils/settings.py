@@ -15,6 +15,8 @@ import torch
 from losses import GAN_LOSSES
 from model import chunk_bounds
 from utils.errors import UsageError, check_device, require
+from utils.layouts import config_beside
+from utils.weights import open_weights
 
 INF = math.inf
 LIMITS = (  # least, most, in words, the settings that have to lie between
@@ -136,12 +138,26 @@ def add_fields(parser, config, recipes):
             usual = f"stages 0 to 3: {', '.join(values)}"
         text = f"{texts[field.name]} [{usual}]" if usual else texts[field.name]
         parser.add_argument(flag(field.name), default=None, help=text.replace("%", "%%"), **options)
+    parser.add_argument("--wan", dest="teacher", help="As --teacher: a download of Wan 2.1.")
 
 
 def given_values(args):
     """What was typed on the command line, as a dict; lists become tuples."""
     return {name: tuple(value) if isinstance(value, list) else value
             for name, value in vars(args).items() if value is not None}
+
+
+def inferred_preset(overrides):
+    """The preset that was typed, or the one whose shape the teacher's official weights have; the
+    toy for a stage of our own or the toy world."""
+    teacher = Path(overrides.get("teacher", ""))
+    if "preset" in overrides or "teacher" not in overrides or not teacher.exists():
+        return overrides.get("preset", "toy")
+    if "stage" in config_beside(teacher):
+        return "toy"
+    shaped = open_weights(teacher).preset
+    require(shaped, f"{teacher} has the shape of no preset: add --preset, and flags for its shape")
+    return shaped
 
 
 # ---------------------------------------------------------------- checks
