@@ -68,6 +68,7 @@ class TrainConfig(Config):
     batch_size: int = 16            # clips per step, over all devices
     micro_batch: int = 0            # clips per device and pass, the rest is accumulated; 0: all
     activation_checkpointing: bool = False  # run blocks again in the backward pass
+    offload: bool = False           # stages 2 and 3: frozen networks stay in host memory
     context_parallel: int = 1       # processes that share the tokens of one clip (Ulysses)
     compile: bool = False           # torch.compile, block by block
     lr: float = 2e-3                # learning rate of the student (AdamW)
@@ -463,8 +464,7 @@ def train(cfg):
     check_start(cfg, bool(cfg.data and clips_in(cfg.data)))
     plan = on_rank0(decide_resume, cfg, TrainConfig())
     if plan == "keep":
-        return say(f"stage {cfg.stage} is finished and kept: {folder} (--no-resume trains it "
-                   "again)")
+        return say(f"stage {cfg.stage} is finished and kept: {folder} (see --no-resume)")
     with contextlib.ExitStack() as stack:
         on_rank0(stack.enter_context, locked(folder))
         run = Run(cfg, new_network)  # reads data and weights before anything is removed or written

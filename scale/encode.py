@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from scale.wan import CaptionEncoder, WanCodec
+from scale.wan import CaptionEncoder, WanCodec, find_vae
 from utils.captions import captions_in, videos_in
 from utils.errors import UsageError, check_device, friendly_errors, require
 from utils.files import atomic_write, clips_in, read_text, save_tensors
@@ -86,9 +86,14 @@ def inputs(args):
     require(args.frames >= 1 and args.frames % 4 == 1, f"--frames {args.frames} is not 4 k + 1: "
             f"use --frames {fitting}")
     require(args.fps >= 0, f"--fps {args.fps} does not work: it has to be at least 0")
+    args.vae, args.text_encoder = args.vae or args.wan, args.text_encoder or args.wan
+    require(args.text_encoder, "add --wan with the folder of a download of Wan 2.1, or "
+            "--text-encoder (and --vae for videos)")
     either = bool(args.prompts) != bool(args.videos)
     complete = either and (args.vae or not args.videos)
-    require(complete, "use either --videos with --vae, or --prompts")
+    require(complete, "use either --videos with --wan or --vae, or --prompts")
+    if args.videos and Path(args.vae).exists():
+        find_vae(args.vae)  # before the text encoder is read
     check_device(args.device)
     if args.videos:
         return videos_in(args.videos), []
@@ -108,8 +113,9 @@ def arguments(argv):
         "captions as .txt, captions.csv or captions.jsonl.")
     add("--out", required=True, help="Folder for the latents.")
     add("--prompts", help="In place of videos: a text file with one caption a line.")
-    add("--vae", help="Folder of Wan's VAE, as diffusers saves it.")
-    add("--text-encoder", required=True, help="Folder of Wan's UMT5 encoder and tokenizer.")
+    add("--wan", help="Folder of a download of Wan 2.1, official or -Diffusers: VAE, text encoder.")
+    add("--vae", help="Wan's VAE alone: folder or file.")
+    add("--text-encoder", help="Wan's UMT5 encoder alone: folder, or file with google/ beside it.")
     add("--size", default="480x832", help="Height x width in pixels.")
     add("--frames", type=int, default=81, help="Frames of a clip, 4 k + 1.")
     add("--fps", type=float, default=16, help="Thin frames to this rate. 0: keep all.")

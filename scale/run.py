@@ -17,7 +17,7 @@ from data import Draws, PatchCodec, WordEncoder, open_dataset
 from discriminator import Discriminator
 from model import PRESETS, Shape, build
 from scale.muon import Muon
-from scale.parallel import full_tensor, local_shard, say, shard, world
+from scale.parallel import allocate, full_tensor, local_shard, say, shard, world
 from scale.state import init_optimizer_state
 from utils.errors import UsageError, require
 from utils.files import clips_in, read_tensors
@@ -81,8 +81,9 @@ class Run:
         if half and not trained and name != "ema" and cfg.device == "cuda":
             net.to(torch.bfloat16)  # a frozen network needs no float32 copy
         checkpointing = cfg.activation_checkpointing and trained
-        net = shard(net, checkpointing, cfg.compile, half, cfg.context_parallel)
-        return net.to_empty(device=self.device)
+        offloaded = cfg.offload and cfg.stage > 1 and not trained
+        net = shard(net, checkpointing, cfg.compile, half, cfg.context_parallel, offloaded)
+        return allocate(net, self.device, offloaded)
 
     def add_network(self, name, net, groups=()):
         """Keep a network; its `groups` [(prefixes of parameter names, lr)] are trained."""
@@ -214,7 +215,7 @@ class Run:
         done = self.student_steps_done()
         decay = min(self.cfg.ema, (done + 1) / (done + 10))
         for average, p in zip(self.nets["ema"].parameters(), self.nets["student"].parameters()):
-            average.lerp_(p, 1 - decay)
+            average.lerp_(p.to(average.device), 1 - decay)
 
 
 def latent_sides(cfg):

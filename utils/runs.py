@@ -16,7 +16,7 @@ from utils.files import atomic_write, read_json, write_json
 from utils.layouts import files_of, network_folder, weight_files
 
 # Settings that may change when a stage is resumed: they do not change its numbers.
-FREE = ("out resume device micro_batch activation_checkpointing context_parallel compile "
+FREE = ("out resume device micro_batch activation_checkpointing context_parallel compile offload "
         "max_bad_steps save_every samples eval_clips").split()
 
 

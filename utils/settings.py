@@ -5,6 +5,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import sys
 import time
 from dataclasses import fields
@@ -218,6 +219,17 @@ def check_training(cfg):
             "or lower the second")
 
 
+def check_compiler(device):
+    """torch.compile writes C++ for a CPU, and for a GPU a little C around its kernels."""
+    usual = {"cpu": ("CXX", ["clang++" if sys.platform == "darwin" else "g++"]),
+             "cuda": ("CC", ["gcc", "clang"])}
+    require(device in usual, f"--compile does not work with --device {device}: leave it out")
+    variable, names = usual[device]
+    names = [os.environ.get(variable), *names] if os.environ.get(variable) else names
+    require(any(shutil.which(name) for name in names), f"--compile needs a compiler, and there is "
+            f"no {' or '.join(names)}: install one, name it in {variable}, or leave out --compile")
+
+
 def check_choice(name, value, choices):
     """One of a few words."""
     require(value in choices, f"{flag(name)} {value} is unknown: choose from {', '.join(choices)}")
@@ -241,3 +253,5 @@ def validate(cfg):
     check_network(cfg)
     check_training(cfg)
     check_device(cfg.device)
+    if cfg.compile:
+        check_compiler(cfg.device)
