@@ -159,7 +159,8 @@ def rehearse(cfg, gpus):
 
     Blocks are all alike, so a deep network is rehearsed at two small depths and the difference
     continued."""
-    key = repr((replace(cfg, batch_size=cfg.micro_batch or cfg.batch_size), gpus > 1))
+    cfg = replace(cfg, batch_size=cfg.micro_batch or cfg.batch_size, offload=False)
+    key = repr((cfg, gpus > 1))
     if key not in REHEARSED and cfg.num_layers <= DEPTHS[1]:
         REHEARSED[key] = rehearsed(cfg, gpus)
     elif key not in REHEARSED:

@@ -45,7 +45,12 @@ def fill(model, tensors, where, dtype=None):
     """Give a model on the meta device its tensors: every one of them, and no other. `dtype`: cast
     to it; None: as stored. Returns the model, which learns nothing."""
     check_names(model, Weights(tensors, where), where)
-    state = {name: whole(weight).to(dtype) for name, weight in tensors.items()}
+    tensors = {name: whole(weight).to(dtype) for name, weight in tensors.items()}
+    first = {}  # the first name of every parameter, for one of transformers' has two
+    for name, p in model.named_parameters(remove_duplicate=False):
+        first.setdefault(p, name)
+    state = {name: tensors[first[p]] for name, p in
+             model.named_parameters(remove_duplicate=False)}
     model.load_state_dict(state, strict=False, assign=True)
     left = [name for name, x in (*model.named_parameters(), *model.named_buffers()) if x.is_meta]
     require(not left, f"{where} leaves {', '.join(left[:5])} unset: pip install -r "
@@ -237,7 +242,6 @@ class CaptionEncoder:
             with torch.device("meta"):
                 model = UMT5EncoderModel(config)
             model = fill(model, tensors, where, torch.bfloat16 if device == "cuda" else None)
-            model.set_input_embeddings(model.shared)  # one tensor under two names
         with loading(tokenizer):
             self.tokens = AutoTokenizer.from_pretrained(tokenizer)
         self.model = model.to(device)

@@ -524,7 +524,7 @@ def changed(path, folder, name, change):
     return folder
 
 
-CHANGES = {"lacks": lambda t: t.pop(min(t)), "has unknown": lambda t: t.update(a=t[min(t)][:1]),
+CHANGES = {"lacks": lambda t: t.pop(min(t)), "has unknown": lambda t: t.update(a=torch.ones(1)),
            "has another shape of": lambda t: t.update({min(t): t[min(t)].flatten()[:1]})}
 
 
