@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 train.py --context-parallel 2    two processes share a clip's tokens
 
 shard() is the one function for every network, also for one process: context parallelism,
-activation checkpointing, compilation, FSDP2, in the order in which they must be applied.
+compilation, activation checkpointing, FSDP2, in the order in which they must be applied.
 """
 import contextlib
 import functools
@@ -129,11 +129,12 @@ def shard(module, checkpointing=False, compiled=False, half=False, context=1, of
     if context > 1:
         share_tokens(module, context_group(context))
     for block in blocks_of(module):
-        if checkpointing:  # a block is a pure function, so running it twice is safe
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if compiled:  # one code for all blocks: several networks, with and without gradients,
             torch._dynamo.config.recompile_limit = 64  # and caches of several lengths
-            block.compile()
+            block.forward = torch.compile(block.forward)
+        if checkpointing:  # outside, or nothing is compiled; a block is a pure function, so
+            block.forward = functools.partial(checkpoint, block.forward,  # running it twice is safe
+                                              use_reentrant=False)
     if dist.is_initialized():
         mesh = init_device_mesh(device_type(), (dist.get_world_size(),))
         dtype = torch.bfloat16 if half else None

@@ -383,8 +383,8 @@ def test_without_a_compiler_compile_is_one_sentence(monkeypatch):
 
 
 def test_compiled_blocks_are_graphs(monkeypatch):
-    """Counted, since an eager fallback gives the same numbers: a graph for a plain pass, more for a
-    cache, and the same graphs for a second network and the blocks after the first."""
+    """Counted, since an eager fallback gives the same numbers: one graph for all blocks, and one
+    with a gradient, also where activations are checkpointed."""
     graphs = []
 
     def backend(graph, _):
@@ -400,15 +400,29 @@ def test_compiled_blocks_are_graphs(monkeypatch):
         expected = net(x, t, text)
         net = parallel.shard(network(cfg), compiled=True)
         assert relative(net(x, t, text), expected) < 1e-6
-    assert len(graphs) == 1  # two blocks
+    assert len(graphs) == 1
+    net = parallel.shard(network(cfg), checkpointing=True, compiled=True)
     net(x, t, text).sum().backward()
     assert len(graphs) == 2
-    randn = lambda n: torch.randn(1, n, 4, 4, 4)  # noqa: E731
-    list(sample.rollout(net, x[:1, :1], text[:1], randn, 13, 2))
-    number = len(graphs)
-    assert 2 < number < torch._dynamo.config.recompile_limit
-    list(sample.rollout(net, x[:1, :1], text[:1], randn, 13, 2))
-    assert len(graphs) == number  # nothing is compiled again
+
+
+@pytest.mark.slow
+def test_training_runs_compiled_graphs(tmp_path, monkeypatch):
+    """In stage 2 of official weights from its first step: student, scores and contexts."""
+    graphs, compiled = [], torch.compile
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=backend))
+    torch._dynamo.reset()
+    flags = small_wan_files(tmp_path)
+    train.main(["--out", str(tmp_path / "a"), *flags, "--compile", "--iters", "2"])
+    assert 4 <= len(graphs) < torch._dynamo.config.recompile_limit
+    train.main(["--out", str(tmp_path / "b"), *flags, "--iters", "2"])
+    assert largest_difference(*(weights(tmp_path / name / "stage2") for name in "ab")) < 1e-5
+
 
 # ---------------------------------------------------------------- VAE and text encoder
 
