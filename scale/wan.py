@@ -97,9 +97,8 @@ def vae_settings(tensors, where):
     """AutoencoderKLWan's settings for an official VAE, which has no config.json."""
     width, channels = tensors["encoder.conv_in.weight"], tensors["post_quant_conv.weight"]
     latent = shape_of(channels)[0]
-    require(latent == 16, f"{where} has {latent} channels{' (Wan 2.2s VAE)' * (latent == 48)}: "
-            "the networks here take Wan 2.1's VAE, of 16; a folder with its config.json is needed "
-            "for others")
+    require(latent == 16, f"{where} is a VAE of {latent} channels (Wan 2.2's has 48), and "
+            "Wan 2.1's has 16: name Wan2.1_VAE.pth")
     return {"base_dim": shape_of(width)[0]}
 
 
@@ -123,6 +122,8 @@ class WanCodec:
                     "download, or Wan2.1_VAE.pth of the official one")
             print(f"VAE: {Weights(tensors, where, source).note()}")
             settings = settings or vae_settings(tensors, where)
+            require(not (settings.get("is_residual") or settings.get("patch_size")), f"{where} is "
+                    "Wan 2.2's VAE: the networks here take Wan 2.1's")
             with torch.device("meta"):
                 vae = AutoencoderKLWan.from_config(settings)
             vae = fill(vae, tensors, where, torch.float32)

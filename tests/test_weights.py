@@ -151,6 +151,13 @@ def test_ambiguous_folders_list_their_files(tmp_path, names, message):
         open_weights(touch(tmp_path / "w", *names))
 
 
+def test_a_network_beside_its_companions_is_found(tmp_path):
+    """By the words of their names, not by letters inside a word."""
+    folder = touch(tmp_path / "w", "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth",
+                   "models_clip_open-clip-xlm.pth", "checkpoint5.pt")
+    assert [p.name for p in layouts.files_of(folder)] == ["checkpoint5.pt"]
+
+
 def test_incomplete_downloads_and_two_experts_are_refused(tmp_path):
     folder = write_official(tmp_path / "wan", "sharded", network(PLAIN))
     (folder / "part-2-of-3.safetensors").unlink()
@@ -560,12 +567,17 @@ def test_wrong_companions_are_named(companions, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(companions / "d/text_encoder", bare / "text_encoder")
     save_file({"a": torch.zeros(1)}, tmp_path / "odd.safetensors")
+    newer = tmp_path / "newer"
+    shutil.copytree(companions / "d/vae", newer)
+    config = json.loads((newer / "config.json").read_text())
+    (newer / "config.json").write_text(json.dumps({**config, "is_residual": True}))
     for load, path, message in (
             (wan.WanCodec, root, "holds WanModel, which is no VAE"),
             (wan.WanCodec, companions / "d/transformer", "holds WanTransformer3DModel"),
             (wan.WanCodec, companions / "d/tokenizer", "holds no VAE: name the folder vae"),
             (wan.WanCodec, tmp_path / "odd.safetensors", "holds no VAE: its names are a"),
             (wan.WanCodec, tmp_path / "none", "does not exist"),
+            (wan.WanCodec, newer, "is Wan 2.2's VAE"),
             (wan.CaptionEncoder, tmp_path / "t5", "holds t5, and Wan's text encoder is UMT5"),
             (wan.CaptionEncoder, companions / "d/vae", "holds AutoencoderKLWan, and Wan's"),
             (wan.CaptionEncoder, bare, "has no tokenizer: put the folder tokenizer"),

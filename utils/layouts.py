@@ -12,7 +12,7 @@ from utils.errors import require
 from utils.files import read_json
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
-COMPANION = re.compile(r"vae|t5|clip", re.I)  # Wan2.1_VAE.pth, models_t5_*.pth beside the network
+COMPANION = re.compile(r"(?<![a-z])(vae|u?m?t5|clip)(?![a-z])", re.I)  # Wan2.1_VAE.pth and so on
 SHARD = re.compile(r"-(\d+)-of-(\d+)(?=\.)")
 INNER = re.compile(r"(?<![a-z_])(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 OUTER = ("module.", "model.", "generator_ema.", "generator.", "net.", "diffusion_model.",
