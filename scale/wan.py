@@ -7,6 +7,7 @@ checked: a model whose weights were completed at random would encode without a w
 """
 import contextlib
 import itertools
+import sys
 from pathlib import Path
 
 import torch
@@ -246,11 +247,16 @@ class CaptionEncoder:
         with loading(tokenizer):
             self.tokens = AutoTokenizer.from_pretrained(tokenizer)
         self.model = model.to(device)
-        self.length, self.device = length, device
+        self.length, self.device, self.warned = length, device, False
 
     def encode(self, caption):
-        """str -> (l, d), l at most `length`"""
+        """str -> (l, d), l at most `length`. Warns once when a caption is truncated."""
         tokens = self.tokens(caption, max_length=self.length, truncation=True, return_tensors="pt")
+        whole = 0 if self.warned else len(self.tokens(caption)["input_ids"])
+        if whole > self.length:
+            self.warned = True
+            print(f'"{caption[:80]}": only the first {self.length} of {whole} tokens are used',
+                  file=sys.stderr)
         if not tokens["input_ids"].numel():  # no caption, and a tokenizer that adds no end token
             return torch.zeros(1, self.model.config.d_model)
         inputs = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}

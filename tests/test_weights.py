@@ -14,8 +14,8 @@ import sample
 import train
 from scale import parallel, serve, wan
 from scale.run import network_config
-from tests.common import (WAN, inputs, largest_difference, network, relative, small_config,
-                          small_vae_and_text_encoder, tiny, weights, write_official)
+from tests.common import (WAN, inputs, largest_difference, network, relative, several_processes,
+                          small_config, small_vae_and_text_encoder, tiny, weights, write_official)
 from utils import layouts, media, runs
 from utils.errors import UsageError, friendly_errors
 from utils.settings import check_compiler, inferred_preset
@@ -363,6 +363,15 @@ def test_the_real_score_may_be_larger_and_frozen_networks_offloaded(tmp_path):
     assert len(runs.origins(cfg)) == 3
 
 
+@pytest.mark.slow
+def test_two_processes_share_a_larger_real_score(tmp_path):
+    flags = [*small_wan_files(tmp_path), "--real-score", str(tmp_path / "large"), "--offload"]
+    train.main(["--out", str(tmp_path / "one"), *flags])
+    several_processes(2, tmp_path, "--out", str(tmp_path / "two"), *flags)
+    results = [weights(tmp_path / name / "stage2") for name in ("one", "two")]
+    assert largest_difference(*results) < 1e-5
+
+
 def test_an_offloaded_block_is_on_the_device_while_it_runs():
     cfg, seen = tiny(), []
     with torch.device("meta"):
@@ -531,7 +540,10 @@ def test_both_layouts_encode_as_the_libraries_do(companions, capsys):
                         ("o/models_t5_umt5-xxl-enc-bf16.pth", 2e-2)):
         text = wan.CaptionEncoder(companions / path).encode("red disc")
         assert relative(text, expected) < error, path
-    said = capsys.readouterr().out
+    short = wan.CaptionEncoder(companions / "d", length=2)
+    assert short.encode("red red disc").shape == short.encode("red disc red").shape == (2, 8)
+    said, warned = capsys.readouterr()
+    assert warned.count("only the first 2 of 3 tokens are used") == 1
     assert "VAE: reading 194 tensors" in said and "bfloat16, from" in said and "Wan2.1_VAE" in said
 
 
