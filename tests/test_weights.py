@@ -3,6 +3,7 @@ given."""
 import argparse
 import json
 import shutil
+import weakref
 from dataclasses import asdict
 
 import pytest
@@ -596,6 +597,25 @@ def test_wrong_companions_are_named(companions, tmp_path):
             (wan.CaptionEncoder, companions / "d/tokenizer", "holds no text encoder")):
         with pytest.raises(UsageError, match=message):
             load(path)
+
+
+def test_the_text_encoder_is_gone_before_the_network_comes(companions, tmp_path, monkeypatch):
+    models, left = [], []
+    made, load = wan.CaptionEncoder.__init__, sample.load_network
+
+    def noted(self, *args):
+        made(self, *args)
+        models.append(weakref.ref(self.model))
+
+    def loaded(*args):
+        left.extend(model() for model in models)
+        return load(*args)
+
+    monkeypatch.setattr(wan.CaptionEncoder, "__init__", noted)
+    monkeypatch.setattr(sample, "load_network", loaded)
+    sample.main(["--wan", str(companions / "d"), "--prompt", "red", "--steps", "1", "--frames", "1",
+                 "--size", "32x48", "--out", str(tmp_path / "x.gif"), "--device", "cpu"])
+    assert left == [None]
 
 
 @pytest.mark.parametrize("layout", ["d", "o"])
