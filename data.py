@@ -280,8 +280,8 @@ def dataset(cfg):
 
 
 def open_dataset(cfg, trajectory_folders):
-    """dataset(cfg), with latents checked against the network. A folder of captions alone will do
-    for stage 1, and then for stage 2, whose clips are the ends of stage 1's trajectories."""
+    """dataset(cfg), with latents checked against the network. Captions alone serve stage 1, and
+    stage 2 without an image or with stage 1's trajectories, whose ends are clips; or UsageError."""
     data = dataset(cfg)
     if not data.latent:
         return data
@@ -289,7 +289,8 @@ def open_dataset(cfg, trajectory_folders):
     if data.only_text and cfg.stage == 2 and made:
         captions, data = data, LatentFolder(made[0], cfg.frames)
         data.negative = captions.negative
-    require(not data.only_text or cfg.stage == 1, f"{data.paths[0]} holds a caption alone, for "
+    enough = cfg.stage == 1 or cfg.stage == 2 and not cfg.first  # no image is needed
+    require(not data.only_text or enough, f"{data.paths[0]} holds a caption alone, for "
             f"stage 1 and then stage 2: stage {cfg.stage} needs clips, see python -m scale.encode")
     data.network = cfg
     data.read(data.paths[0])

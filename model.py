@@ -52,6 +52,7 @@ class Config(Shape):
     sink: int = 1               # earliest frames, kept in the cache for ever
     window: int = 6             # latest frames kept in the cache, before the current chunk
     shift: float = 8.0          # timestep shift s: t' = s t / (1 + (s - 1) t)
+    absolute_positions: bool = False  # positions are frame numbers of the video (Self Forcing)
 
 
 _WAN = dict(in_dim=16, out_dim=16, patch=2, freq_dim=256, text_dim=4096, text_len=512,

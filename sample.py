@@ -9,21 +9,18 @@ serving both call it, which closes the gap between training and use (Self Forcin
 """
 import math
 import time
-from dataclasses import asdict, fields
-from pathlib import Path
+from dataclasses import fields
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import PatchCodec
 from losses import add_noise, guide, make_timesteps, schedule, x0_from_flow
-from model import PRESETS, Config, KVCache, build
-from utils.errors import catch_signals, friendly_errors, require
+from model import Config, KVCache, build
+from utils.errors import catch_signals, friendly_errors
 from utils.media import side_by_side, video_writer
-from utils.runs import newest_stage, read_settings
 from utils.settings import synced_time
-from utils.weights import load_into, open_weights
+from utils.weights import load_into
 
 
 # ---------------------------------------------------------------- the teacher
@@ -61,6 +58,20 @@ def sample_ode(velocity, noise, first, times, keep=()):
 
 
 # ---------------------------------------------------------------- the student
+def per_chunk(x):
+    """One value per chunk, as a list: numbers of passes are several values, times are one."""
+    several = isinstance(x, (list, tuple)) and not any(isinstance(y, float) for y in x)
+    return list(x) if several else [x]
+
+
+def times_of(passes, shift):
+    """Times of a chunk's passes: from their number, an int; or as they are, floats."""
+    if isinstance(passes, int):
+        return schedule(passes, shift)
+    assert all(isinstance(t, float) for t in passes), f"{passes}: numbers of passes, or times"
+    return list(passes)
+
+
 def context_pass(model, cache, x, text, level, randn, grad):
     """Put a finished chunk into the cache: one pass over it at `level` (0 in the paper), whose keys
     and values stay. The chunk is detached: no gradient reaches it through later chunks."""
@@ -81,7 +92,8 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
     randn          callable (number of frames) -> noise (b, number, c, h, w)
     frames         stop at this many, the image included; the last chunk is whole. None: endless
     text           (b, l, d), or a callable (first frame of a chunk) -> that chunk's text
-    steps          passes per chunk; a list: one number per chunk, the last for all that follow
+    steps          passes per chunk, or their times, see times_of(); a list of these: one per
+                   chunk, the last for all that follow
     exit_step      end a chunk after this pass (0-based; Self Forcing draws it), not after its last;
                    a list like `steps`
     grad           the pass that ends a chunk carries a gradient; the others never do
@@ -94,8 +106,8 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
     ode            between passes follow the flow (Euler's method) instead of adding new noise
     """
     cfg = model.cfg
-    cache = KVCache(cfg.sink, cfg.window, detach=not cache_grad)
-    passes, exits = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (steps, exit_step))
+    cache = KVCache(cfg.sink, cfg.window, not cfg.absolute_positions, not cache_grad)
+    passes, exits = per_chunk(steps), per_chunk(exit_step)
     text_at = text if callable(text) else lambda frame: text
     done, finished = first.shape[1], None  # frames so far, and the chunk that the cache lacks
     if done:
@@ -110,7 +122,8 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
         elif finished is not None:
             cache.commit()
         words = text_at(done)  # after the context pass, which keeps the finished chunk's own text
-        times, last = schedule(passes[0], cfg.shift), passes[0] - 1
+        times = times_of(passes[0], cfg.shift)
+        last = len(times) - 1
         if exits[0] is not None:
             last = min(exits[0], last)
         passes, exits = passes[1:] or passes, exits[1:] or exits  # the last serves all that follow
@@ -128,15 +141,16 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
 
 
 @torch.no_grad()
-def generate_chunks(net, settings, first, text, randn, frames, steps=None):
-    """A clip from the network of a stage, chunk by chunk: the teacher's whole ODE in stage 0, the
-    causal rollout after it. A causal teacher follows its ODE inside each chunk."""
+def generate_chunks(net, settings, first, text, randn, frames, steps=None, negative=None):
+    """A clip from the network of a stage, chunk by chunk: the teacher's whole ODE in stage 0, away
+    from the embedded `negative` prompt (l, d); the causal rollout after it. A causal teacher
+    follows its ODE inside each chunk, unguided."""
     if settings["stage"] == 0 and settings.get("teacher_forcing"):
         yield from rollout(net, first, text, randn, frames, steps or settings["ode_steps"],
                            ode=True)
     elif settings["stage"] == 0:
-        times = schedule(steps or settings["ode_steps"], net.cfg.shift)
-        velocity = with_cfg(net, text, settings["guidance"])
+        times = times_of(steps or settings["ode_steps"], net.cfg.shift)
+        velocity = with_cfg(net, text, settings["guidance"], negative)
         yield sample_ode(velocity, randn(frames), first, times)[0]
     else:
         steps = steps or settings["student_steps"]
@@ -150,69 +164,39 @@ def generate(net, settings, first, text, randn, frames, steps=None):
     return torch.cat(chunks, 1)[:, :frames]
 
 
-def load_stage(folder, preset=None, device="cpu", dtype=torch.float32):
-    """(network, codec or None, settings dict) of a stage's folder, or of a student's official
-    weights, whose shape `preset` gives. Weights are read one tensor at a time.
-
-    Raises UsageError if they are missing."""
-    folder, settings = Path(folder), read_settings(folder)
-    path, codec = folder, None
-    if settings is None:
-        choices = " or ".join(name for name in PRESETS if name != "toy")
-        require(preset in PRESETS, f"{folder} holds weights alone: add --preset {choices}")
-        official = {"stage": 2, "student_steps": 4, "context_level": 0.0}
-        settings = {**asdict(Config(**PRESETS[preset])), **official}
-    else:
-        path = folder / "ema.safetensors"
-        codec = PatchCodec.load(folder / "codec.safetensors")
+def load_network(weights, settings, device="cpu", dtype=torch.float32):
+    """The network that a stage's settings describe, filled one tensor at a time."""
     cfg = Config(**{field.name: settings[field.name] for field in fields(Config)})
     with torch.device("meta"):
         net = build(cfg)
-    net = net.to(dtype).to_empty(device=device)
-    return load_into(net, open_weights(path), path), codec, settings
+    return load_into(net.to(dtype).to_empty(device=device), weights, weights.where)
+
+
+def load_stage(folder, preset=None, device="cpu", dtype=torch.float32):
+    """(network, codec or None, settings dict) of a stage's folder, or of a student's official
+    weights; `preset` says their shape where it cannot be inferred. UsageError if missing."""
+    from scale.serve import open_stage
+    weights, codec, settings = open_stage(folder, preset)
+    return load_network(weights, settings, device, dtype), codec, settings
 
 
 # ---------------------------------------------------------------- the command
-def load(args):
-    """(network, codec, settings, where) with what the command line overrides."""
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    folder = args.weights or newest_stage()
-    net, codec, settings = load_stage(folder, args.preset, args.device, dtype)
-    where = settings.get("where", "this network")
-    typed = {name: getattr(args, name) for name in ("chunk", "sink", "window", "context_level")}
-    overrides = {name: value for name, value in typed.items() if value is not None}
-    require(not args.preset or "where" not in settings, f"{where} knows its shape: leave out "
-            "--preset")
-    # what a stream alone has
-    streamed = overrides or len(args.steps or [0]) > 1 or args.prompt_at
-    require(settings["stage"] or not streamed, f"{where} is a teacher, which makes a clip at "
-            "once: leave out --chunk, --sink, --window, --context-level and --prompt-at, give "
-            "--steps one number, or name a later stage with --weights")
-    image, given, wanted = settings["first"], len(args.image or []), 0
-    remedy = "leave out --image and add --prompt"
-    if image:  # latent frames -> frames of the video
-        wanted = 1 + (codec.ratio if codec else 4) * (image - 1)
-        remedy = f"give --image {wanted} files"
-    require(given in (0, wanted), f"{where} was trained with --first {image}: {remedy}")
-    settings["context_level"] = overrides.pop("context_level", settings["context_level"])
-    for name, value in overrides.items():
-        setattr(net.cfg, name, value)
-    return net, codec, settings, where
-
-
 @torch.no_grad()
 def main(argv=None):
     """Write one clip to one file."""
-    from scale.serve import arguments, inputs, rates, seeded_noise, what  # the plumbing
-    args = arguments(argv, __doc__)
-    net, codec, settings, where = load(args)
-    codec, first, text, caption = inputs(args, codec, settings, where)
-    randn = seeded_noise(first, args.seed)
+    from scale import serve  # the plumbing
+    args = serve.arguments(argv, __doc__)
+    weights, codec, settings, where = serve.chosen_stage(args)
+    # the text encoder has left memory before the network comes
+    codec, first, text, caption, negative = serve.inputs(args, codec, settings, where)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    net = load_network(weights, settings, args.device, dtype)
+    randn = serve.seeded_noise(first, args.seed)
     frames = args.frames or 1 + codec.ratio * (settings["frames"] - 1)
     latents = 1 + math.ceil((frames - 1) / codec.ratio)
-    steps = args.steps[0] if len(args.steps or ()) == 1 else args.steps  # a number: for all chunks
     fps, zoom = (8, max(1, 256 // settings["size"])) if codec.ratio == 1 else (16, 1)
-    chunks = generate_chunks(net, settings, first, text, randn, latents, steps)
+    chunks = generate_chunks(net, settings, first, text, randn, latents, serve.steps_of(args),
+                             negative)
     decode = codec.decoder()
     half = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
     began, marks, written = time.perf_counter(), [], 0
@@ -226,8 +210,8 @@ def main(argv=None):
                 marks.append((time.perf_counter() - began, time.perf_counter() - drawn, written))
                 if received:  # Ctrl-C, SIGTERM: keep what has been written of a long stream
                     break
-    print(f"{args.out}: {written} frames of {what(args, caption, where)}; "
-          f"{rates(marks, first.shape[1] > 0)}")
+    print(f"{args.out}: {written} frames of {serve.what(args, caption, where)}; "
+          f"{serve.rates(marks, first.shape[1] > 0)}")
 
 
 if __name__ == "__main__":

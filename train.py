@@ -36,10 +36,9 @@ from scale.run import Run, check_start, prepare
 from scale.state import export, load_state, save_state
 from utils.errors import catch_signals, friendly_errors, require
 from utils.files import clips_in
-from utils.runs import (StageLog, decide_resume, init_stage_dir, locked, reason_to_stop,
-                        stage_dir)
+from utils.runs import StageLog, decide_resume, init_stage_dir, locked, reason_to_stop, stage_dir
 from utils.settings import (Parser, add_fields, default_device, default_dtype, given_values,
-                            synced_time, validate)
+                            inferred_preset, synced_time, validate)
 
 
 @dataclass
@@ -53,6 +52,7 @@ class TrainConfig(Config):
     tag: str = ""                   # suffix of the stage's folder: stage3-TAG
     init: str = ""                  # stage folder to start from; default: the stage before
     teacher: str = ""               # folder of the teacher, or official weights; default: stage 0
+    real_score: str = ""            # larger network for stage 2's real score; default: the teacher
     seed: int = 0                   # random seed
     resume: bool = True             # continue an unfinished stage and keep a finished one
     device: str = ""                # cuda, mps or cpu; default: the first there is
@@ -67,6 +67,7 @@ class TrainConfig(Config):
     batch_size: int = 16            # clips per step, over all devices
     micro_batch: int = 0            # clips per device and pass, the rest is accumulated; 0: all
     activation_checkpointing: bool = False  # run blocks again in the backward pass
+    offload: bool = False           # stages 2 and 3: frozen networks stay in host memory
     context_parallel: int = 1       # processes that share the tokens of one clip (Ulysses)
     compile: bool = False           # torch.compile, block by block
     lr: float = 2e-3                # learning rate of the student (AdamW)
@@ -148,12 +149,11 @@ RECIPES = {  # preset -> stage -> what differs from the defaults; docs/results.m
 
 def make_config(overrides, stage):
     """The settings of one stage: defaults, preset, its recipe, then `overrides`; checked."""
-    preset = overrides.get("preset", "toy")
+    preset = inferred_preset(overrides)
     require(preset in PRESETS, f"--preset {preset} is unknown: choose from {', '.join(PRESETS)}")
     require(stage in RECIPES[preset], f"--stage {stage} is unknown: choose 0, 1, 2 or 3")
-    overrides = {**overrides, "stage": stage, "out": overrides.get("out") or f"out/{preset}"}
-    cfg = TrainConfig(**{**PRESETS[preset], **RECIPES[preset][stage], **changes(overrides),
-                         **overrides})
+    given = dict(overrides, preset=preset, stage=stage, out=overrides.get("out") or f"out/{preset}")
+    cfg = TrainConfig(**{**PRESETS[preset], **RECIPES[preset][stage], **changes(given), **given})
     cfg.data = cfg.data and str(Path(cfg.data).resolve())  # sample.py finds it from elsewhere
     cfg.device = cfg.device or default_device()
     cfg.dtype = cfg.dtype or default_dtype(cfg.device)
@@ -500,8 +500,7 @@ def train(cfg):
     check_start(cfg, bool(cfg.data and clips_in(cfg.data)))
     plan = on_rank0(decide_resume, cfg, TrainConfig())
     if plan == "keep":
-        return say(f"stage {cfg.stage} is finished and kept: {folder} (--no-resume trains it "
-                   "again)")
+        return say(f"stage {cfg.stage} is finished and kept: {folder} (see --no-resume)")
     with contextlib.ExitStack() as stack:
         on_rank0(stack.enter_context, locked(folder))
         run = Run(cfg, new_network)  # reads data and weights before anything is removed or written
@@ -546,6 +545,7 @@ def main(argv=None):
                     "--stage and --recipe")
             require(stage != -1 or not {"tag", "init"} & overrides.keys(), "--tag and --init "
                     "belong to one stage: add --stage")
+            overrides["preset"] = inferred_preset(overrides)
             configs = [make_config(given, n) for n, given in stages_of(overrides)]
             if control:
                 configs.append(make_config({**overrides, **control_of(configs[-1])}, 2))

@@ -30,8 +30,9 @@ HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
 from data import PatchCodec, dataset, held_out_ids
-from sample import generate_chunks, load
-from scale.serve import check_stream_flags, one_input, read_images, seeded_noise, stream_flags
+from sample import generate_chunks, load_network, per_chunk
+from scale.serve import (check_stream_flags, chosen_stage, one_input, read_images, seeded_noise,
+                         steps_of, stream_flags)
 from utils.errors import UsageError, catch_signals, first_line, friendly_errors, require
 from utils.media import parse_size, to_uint8, video_writer
 from utils.settings import synced_time
@@ -60,9 +61,10 @@ class Stream:
                 self.data = dataset(SimpleNamespace(**settings))
         elif first.shape[1]:
             self.size = parse_size(args.size or "480x832")
+        passes = per_chunk(steps_of(args) or settings["student_steps"])
         self.wanted = {"first": first, "caption": caption, "text": encode(caption),
                        "asked": time.perf_counter(), "record": False,
-                       "passes": (args.steps or [settings["student_steps"]])[0], "seed": args.seed}
+                       "passes": passes[0] if len(passes) == 1 else passes, "seed": args.seed}
         self.change, self.version, self.ended = threading.Condition(), 0, False
         self.slot = None                      # (version, frames, caption, asked) to be shown next
         self.picture, self.number = b"", 0    # the frame on show, and how many there were
@@ -456,13 +458,15 @@ def arguments(argv):
     require(0 <= args.port < 65536, f"--port {args.port} does not work: use 0 to 65535")
     require(len(args.steps or [1]) == 1, "--steps takes one number here")
     require(Path(args.record_to).is_dir(), f"--record-to {args.record_to} is not a folder: make it")
+    require(not args.text, "--text is one embedded prompt, and captions change here: name the text "
+            "encoder in its place")
     args.futures, args.frames, args.prompt_at = 1, 0, []
     return args
 
 
 def serve(args):
     """(server, stream), both at work: serve_forever() runs in a thread."""
-    net, codec, settings, where = load(args)
+    weights, codec, settings, where = chosen_stage(args)
     require(settings["stage"], f"{where} is a teacher, which makes a clip at once: name a later "
             "stage with --weights")
     require(settings["first"] < 2, f"{where} was trained with --first {settings['first']}: this "
@@ -472,6 +476,8 @@ def serve(args):
     except OSError as error:
         raise UsageError(f"port {args.port} cannot be had ({error.strerror}): choose another with "
                          "--port, or 0") from None
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    net = load_network(weights, settings, args.device, dtype)
     server.stream = Stream(args, net, settings, codec, where).start()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server, server.stream

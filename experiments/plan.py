@@ -28,7 +28,7 @@ from discriminator import has_heads
 from experiments.flops import Flops
 from model import PRESETS
 from scale.parallel import blocks_of, shard
-from scale.run import Batch, Run, latent_sides
+from scale.run import Batch, Run, latent_sides, network_config
 from utils.errors import friendly_errors, require
 from utils.settings import Parser
 
@@ -131,7 +131,7 @@ class Imagined(Rehearsal):
         torch.set_default_dtype(self.weights_in)
         try:
             with self.shapes:
-                module = train.new_network(self.cfg, name)
+                module = train.new_network(network_config(self.cfg, name), name)
         finally:
             torch.set_default_dtype(before)
         return shard(module, self.cfg.activation_checkpointing and trained)
@@ -160,7 +160,8 @@ def rehearse(cfg, gpus):
 
     Blocks are all alike, so a deep network is rehearsed at two small depths and the difference
     continued."""
-    key = repr((replace(cfg, batch_size=cfg.micro_batch or cfg.batch_size), gpus > 1))
+    cfg = replace(cfg, batch_size=cfg.micro_batch or cfg.batch_size, offload=False)
+    key = repr((cfg, gpus > 1))
     if key not in REHEARSED and cfg.num_layers <= DEPTHS[1]:
         REHEARSED[key] = rehearsed(cfg, gpus)
     elif key not in REHEARSED:
@@ -215,12 +216,12 @@ def static_bytes(cfg, gpus):
     """{what: bytes} on one of `gpus` devices: all weights are cut into `gpus` parts, and what is
     made of them with them."""
     bytes_of = dict.fromkeys(
-        ("weights", "gradients", "optimizer", "average", "frozen", "gathered"), 0
+        ("weights", "gradients", "optimizer", "average", "frozen", "gathered", "host"), 0
     )
     half, blocks, rest = cfg.dtype == "bfloat16", 0, 0
     for name, (_, groups) in train.networks(cfg).items():
         with torch.device("meta"):
-            module = train.new_network(cfg, name)
+            module = train.new_network(network_config(cfg, name), name)
         prefixes = tuple(
             p for prefix, _ in groups for p in ((prefix,) if isinstance(prefix, str) else prefix)
         )
@@ -243,6 +244,13 @@ def static_bytes(cfg, gpus):
                 sum(p.numel() for p in module.parameters()) - block * len(blocks_of(module))
             )
             blocks = max(blocks, (2 if half else 4) * 2 * block + (2 * 4 * block if groups else 0))
+        if cfg.offload and cfg.stage > 1 and not groups:  # on the device: the block that runs, and
+            key = "average" if name == "ema" else "frozen"  # what is in no block
+            each = 2 if half and cfg.device == "cuda" and name != "ema" else 4
+            sizes = [sum(p.numel() for p in block.parameters()) for block in blocks_of(module)]
+            outside = sum(p.numel() for p in module.parameters()) - sum(sizes)
+            bytes_of["host"] += bytes_of[key]
+            bytes_of[key] = each * (sizes[0] + outside) if gpus == 1 else 0
     # whole while it runs: a block, the next one on its way, their gradients; whole all the time:
     # what is in no block
     return {**bytes_of, "gathered": blocks + rest}
@@ -295,7 +303,7 @@ def plan(cfg, gpus):
     costs = {**static_bytes(cfg, gpus), "activations": peak // cfg.context_parallel + held}
     return {
         **costs,
-        "total": sum(costs.values()),
+        "total": sum(costs.values()) - costs["host"],
         "cache": cache_bytes(cfg, tokens) if cfg.stage > 1 else 0,
         "flops": flops * cfg.batch_size // cfg.micro_batch,
         "passes": passes,

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from scale.wan import CaptionEncoder, WanCodec
+from scale.wan import CaptionEncoder, WanCodec, find_text_encoder, find_vae
 from utils.captions import captions_in, some, videos_in
 from utils.errors import UsageError, WriteError, check_device, friendly_errors, require
 from utils.files import clips_in, content_of, read_text, save_finite, write_json
@@ -87,11 +87,23 @@ def read_marker(path):
     return made if isinstance(made, dict) else {}
 
 
+def content_of_models(args):
+    """{what: fingerprint} of VAE and text encoder, the same whether a part is named or the download
+    that it lies in."""
+    vae, parts = args.vae, [args.text_encoder]
+    if Path(vae).exists():
+        vae = find_vae(vae)[0]
+    if Path(args.text_encoder).exists():
+        encoder, _, tokenizer = find_text_encoder(args.text_encoder)
+        parts = [encoder] if encoder == tokenizer else [encoder, tokenizer]
+    return {"vae": content_of(vae), "text encoder": " ".join(map(content_of, parts))}
+
+
 def check_folder(args):
     """What all clips of the folder have in common: settings, VAE and text encoder, by their
     content. UsageError if it holds clips that were made with others."""
     common = {"settings": f"{args.size} {args.frames} frames {args.fps:g} fps",
-              "vae": content_of(args.vae), "text encoder": content_of(args.text_encoder)}
+              **content_of_models(args)}
     for marker in sorted((Path(args.out) / "done").glob("*")):
         made = read_marker(marker)
         for name, value in common.items() if made else ():
@@ -175,9 +187,14 @@ def inputs(args):
     require(args.frames >= 1 and args.frames % 4 == 1, f"--frames {args.frames} is not 4 k + 1: "
             f"use --frames {fitting}")
     require(args.fps >= 0, f"--fps {args.fps} does not work: it has to be at least 0")
+    args.vae, args.text_encoder = args.vae or args.wan, args.text_encoder or args.wan
+    require(args.text_encoder, "add --wan with the folder of a download of Wan 2.1, or "
+            "--text-encoder (and --vae for videos)")
     either = bool(args.prompts) != bool(args.videos)
     complete = either and (args.vae or not args.videos)
-    require(complete, "use either --videos with --vae, or --prompts")
+    require(complete, "use either --videos with --wan or --vae, or --prompts")
+    if args.videos and Path(args.vae).exists():
+        find_vae(args.vae)  # before the text encoder is read
     check_device(args.device)
     if args.videos:
         return videos_in(args.videos), []
@@ -198,8 +215,9 @@ def arguments(argv):
         "captions as .txt, captions.csv or captions.jsonl.")
     add("--out", required=True, help="Folder for the latents.")
     add("--prompts", help="In place of videos: a text file with one caption a line.")
-    add("--vae", help="Folder of Wan's VAE, as diffusers saves it.")
-    add("--text-encoder", required=True, help="Folder of Wan's UMT5 encoder and tokenizer.")
+    add("--wan", help="Folder of a download of Wan 2.1, official or -Diffusers: VAE, text encoder.")
+    add("--vae", help="Wan's VAE alone: folder or file.")
+    add("--text-encoder", help="Wan's UMT5 encoder alone: folder, or file with google/ beside it.")
     add("--size", default="480x832", help="Height x width in pixels.")
     add("--frames", type=int, default=81, help="Frames of a clip, 4 k + 1.")
     add("--fps", type=float, default=16, help="Thin frames to this rate. 0: keep all.")

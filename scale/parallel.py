@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 train.py --context-parallel 2    two processes share a clip's tokens
 
 shard() is the one function for every network, also for one process: context parallelism,
-activation checkpointing, compilation, FSDP2, in the order in which they must be applied.
+compilation, activation checkpointing, FSDP2, in the order in which they must be applied.
 """
 import contextlib
 import functools
@@ -17,7 +17,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
+                                    fully_shard)
 from torch.utils.checkpoint import checkpoint
 
 from utils.errors import UsageError, first_line, require, wait_for_the_first
@@ -164,31 +165,66 @@ def blocks_of(module):
     return getattr(module, "backbone", module).blocks
 
 
-def shard(module, checkpointing=False, compiled=False, half=False, context=1):
+def shard(module, checkpointing=False, compiled=False, half=False, context=1, offloaded=False):
     """Apply everything that distributes a network; the same network, changed in place.
 
     checkpointing  keep only the input of a block, run the block again in the backward pass
     compiled       torch.compile, block by block; all blocks share one compilation
     half           gather weights in bfloat16; shards, gradient sums and optimizer stay float32
-    context        processes that share the tokens of a clip, see share_tokens()"""
+    context        processes that share the tokens of a clip, see share_tokens()
+    offloaded      a frozen network's weights stay in host memory, see allocate()"""
     if context > 1:
         share_tokens(module, context_group(context))
     for block in blocks_of(module):
-        if checkpointing:  # a block is a pure function, so running it twice is safe
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        if compiled:
-            block.compile()
+        if compiled:  # one code for all blocks: several networks, with and without gradients,
+            torch._dynamo.config.recompile_limit = 64  # and caches of several lengths
+            block.forward = torch.compile(block.forward)
+        if checkpointing:  # outside, or nothing is compiled; a block is a pure function, so
+            block.forward = functools.partial(checkpoint, block.forward,  # running it twice is safe
+                                              use_reentrant=False)
     if dist.is_initialized():
         mesh = init_device_mesh(device_type(), (dist.get_world_size(),))
         dtype = torch.bfloat16 if half else None
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        host = CPUOffloadPolicy() if offloaded and device_type() == "cuda" else OffloadPolicy()
         for block in blocks_of(module):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=host)
         # what is in no block stays gathered between passes, and a rollout's gradients add up in its
         # precision
         policy = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=host)
     return module
+
+
+def allocate(module, device, offloaded=False):
+    """Give a network that shard() has prepared its memory on the device; returns it. The blocks of
+    an offloaded one stay in host memory, and each is on the device while it runs."""
+    if not offloaded:
+        return module.to_empty(device=device)
+    if dist.is_initialized():  # FSDP brings the blocks itself
+        return module.to_empty(device="cpu")
+    for block in blocks_of(module):
+        block.to_empty(device="cpu")
+        block.register_forward_pre_hook(functools.partial(bring, device))
+        block.register_forward_hook(take_away)
+    for name, child in module.named_children():
+        if name != "blocks":
+            child.to_empty(device=device)
+    return module
+
+
+def bring(device, block, _):
+    """Put a block's weights on the device; those in host memory are kept as they are."""
+    block.at_home = [p.data for p in block.parameters()]
+    for p in block.parameters():
+        p.data = p.data.to(device, non_blocking=True)
+
+
+def take_away(block, *_):
+    """Back to the weights in host memory; frozen, they have not changed."""
+    for p, home in zip(block.parameters(), block.at_home):
+        p.data = home
+    del block.at_home
 
 
 # ---------------------------------------------------------------- tokens (Ulysses)

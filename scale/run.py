@@ -4,9 +4,10 @@ train.py says what is trained with which loss. This file says how: every network
 meta device, sharded and then filled; a global batch is split over processes and micro-batches;
 random numbers belong to clips, so that the numbers are the same however it is split.
 """
+import functools
 import math
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -14,9 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import Draws, PatchCodec, WordEncoder, open_dataset
 from discriminator import Discriminator, disc_outputs, has_heads
-from model import Shape, build
+from model import PRESETS, Shape, build
 from scale.muon import Muon
-from scale.parallel import full_tensor, local_shard, shard, world
+from scale.parallel import allocate, full_tensor, local_shard, say, shard, world
 from scale.state import init_optimizer_state
 from utils.errors import UsageError, require
 from utils.files import check_whole, clips_in, read_finite, read_tensors
@@ -90,12 +91,13 @@ class Run:
         """Build on the meta device, shard, then allocate. Weights are uninitialised."""
         cfg, half = self.cfg, self.cfg.dtype == "bfloat16"
         with torch.device("meta"):
-            net = self.new_network(cfg, name)
+            net = self.new_network(network_config(cfg, name), name)
         if half and not trained and name != "ema" and cfg.device == "cuda":
             net.to(torch.bfloat16)  # a frozen network needs no float32 copy
         checkpointing = cfg.activation_checkpointing and trained
-        net = shard(net, checkpointing, cfg.compile, half, cfg.context_parallel)
-        return net.to_empty(device=self.device)
+        offloaded = cfg.offload and cfg.stage > 1 and not trained
+        net = shard(net, checkpointing, cfg.compile, half, cfg.context_parallel, offloaded)
+        return allocate(net, self.device, offloaded)
 
     def add_network(self, name, net, groups=()):
         """Keep a network; its `groups` [(prefixes of parameter names, lr)] are trained."""
@@ -235,7 +237,7 @@ class Run:
         done = self.student_steps_done()
         decay = min(self.cfg.ema, (done + 1) / (done + 10))
         for average, p in zip(self.nets["ema"].parameters(), self.nets["student"].parameters()):
-            average.lerp_(p, 1 - decay)
+            average.lerp_(p.to(average.device), 1 - decay)
 
 
 def latent_sides(cfg):
@@ -246,17 +248,49 @@ def latent_sides(cfg):
 
 # ---------------------------------------------------------------- weights to start from
 
+def network_config(cfg, name):
+    """The config of one of a stage's networks: the real score may be larger than the student."""
+    if name != "teacher" or cfg.stage < 2 or not cfg.real_score:
+        return cfg
+    return replace(cfg, **shape_at(cfg.real_score))
+
+
+@functools.lru_cache
+def shape_at(path):
+    """{field of model.Shape: value} of the network in `path`, a stage's folder or official weights;
+    of a preset, for plans."""
+    if path in PRESETS:
+        return {name: value for name, value in PRESETS[path].items()
+                if name in {field.name for field in fields(Shape)}}
+    settings = read_settings(path)
+    if settings is not None:
+        return {field.name: settings[field.name] for field in fields(Shape)}
+    shape = open_weights(path).shape
+    require(shape["num_heads"], f"{path}: nothing tells the number of its heads, so put its "
+            "config.json beside the weights")
+    return shape
+
+
 def checkpoint_of(cfg, path):
     """(weights, codec) of a stage's folder, or of official weights (codec None), unread.
 
-    Raises UsageError if a stage's network has another shape than this run's."""
-    settings = read_settings(path)
+    Raises UsageError if the network has another shape than this run's."""
+    settings, weights = read_settings(path), None
     if settings is None:
-        return open_weights(path), None
+        weights = open_weights(path)
+        shape = weights.shape
+    else:
+        shape = settings
     for name in (field.name for field in fields(Shape)):
-        value = settings[name]
-        require(value == getattr(cfg, name), f"the checkpoint in {path} has {name} {value}, this "
-                f"run {getattr(cfg, name)}: use {flag(name)} {value}")
+        value = shape.get(name)
+        known = settings is not None or value and name != "text_len"
+        remedy = f"use {flag(name)} {value}"
+        if weights and weights.preset and weights.preset != cfg.preset:
+            remedy = f"use --preset {weights.preset}"
+        require(not known or value == getattr(cfg, name), f"the checkpoint in {path} has {name} "
+                f"{value}, this run {getattr(cfg, name)}: {remedy}")
+    if weights is not None:
+        return weights, None
     codec = PatchCodec.load(Path(path) / "codec.safetensors")
     return open_weights(Path(path) / "ema.safetensors"), codec
 
@@ -271,6 +305,9 @@ def starting_weights(cfg):
     followed = before / "fake.safetensors"
     if followed.is_file():
         weights["fake"] = (open_weights(followed), followed)
+    if cfg.real_score and cfg.stage > 1:
+        larger = replace(cfg, preset="", **shape_at(cfg.real_score))
+        weights["real"] = (checkpoint_of(larger, cfg.real_score)[0], cfg.real_score)
     return weights, codec
 
 
@@ -278,13 +315,16 @@ def prepare(run, networks):
     """Give a stage its codec and its networks, each with the weights that it starts from.
 
     networks: {name: (whose weights it starts from, [(prefixes of parameter names, lr)])}"""
-    cfg = run.cfg
+    cfg, told = run.cfg, set()
     if not starts_from_weights(cfg):
         weights = {"student": (build(cfg).init_weights().state_dict(), run.dir)}
     else:
         weights, run.codec = starting_weights(cfg)
     for name, (origin, groups) in networks.items():
-        tensors, where = weights[origin]
+        tensors, where = weights["real" if name == "teacher" and "real" in weights else origin]
+        if starts_from_weights(cfg) and where not in told and run.codec is None:
+            say(tensors.note())
+        told.add(where)
         if has_heads(cfg, name):
             heads = Discriminator(None, cfg.disc_layers, queries=cfg.disc_queries,
                                   outputs=disc_outputs(cfg), cfg=cfg)
@@ -294,10 +334,33 @@ def prepare(run, networks):
         run.add_network(name, load_into(net, tensors, where, local_shard), groups)
 
 
+def check_roles(cfg):
+    """Weights are where their kind is expected, as far as that can be known; the larger real score
+    speaks of the same latents and texts."""
+    before, teacher = start_from(cfg)
+    student = cfg.stage > 1 and read_settings(before) is None
+    require(not student or open_weights(before).role != "teacher", f"{before} is Wan's own "
+            f"network, a teacher, and stage {cfg.stage} starts from a student: train stage 1, or "
+            "name a student's weights with --init")
+    if not cfg.real_score:
+        return
+    require(cfg.real_score not in PRESETS, f"--real-score {cfg.real_score}: a preset is enough for "
+            "a plan, training needs the folder of its weights")
+    shape = shape_at(cfg.real_score)
+    for name in ("in_dim", "out_dim", "text_dim"):
+        require(shape[name] == getattr(cfg, name), f"the real score in {cfg.real_score} has {name} "
+                f"{shape[name]}, the student {getattr(cfg, name)}: they must be the same")
+    require(shape["num_heads"] % cfg.context_parallel == 0, f"--context-parallel "
+            f"{cfg.context_parallel} does not divide the {shape['num_heads']} heads of the real "
+            "score")
+
+
 def check_start(cfg, latents):
-    """The weights that a stage starts from are elsewhere, and fit its clips."""
+    """The weights that a stage starts from are elsewhere, of the right kind, and fit its clips."""
     require(not latents or not cfg.preview_every, f"--preview-every draws frames, and {cfg.data} "
             "holds latents, which alone cannot be shown: leave it out, and use sample.py")
+    if cfg.stage:
+        check_roles(cfg)
     for path in start_from(cfg) if starts_from_weights(cfg) else ():
         require(path.resolve() != stage_dir(cfg).resolve(), f"{path} cannot start from itself: "
                 "choose another --tag or --out")

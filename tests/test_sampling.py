@@ -57,7 +57,7 @@ def test_an_interrupted_stream_is_kept(small_run, tmp_path, monkeypatch, capsys)
     ("--from-data --what", "unrecognized arguments"),
     ("--from-data --zoom -2", "--zoom -2 does not work"),
     ("--from-data --zoom 1000", "use 0 to 100"),
-    ("--from-data --window 0", "--window 0 does not work"),
+    ("--from-data --window -1", "--window -1 does not work"),
     ("--prompt circle", "animates an image"),
     ("--from-data --device tpu", "choose cuda, mps or cpu"),
     ("--weights stage1/ema.safetensors --from-data", "name its folder"),

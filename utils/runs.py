@@ -14,12 +14,13 @@ from tqdm import tqdm
 from model import Config
 from utils.errors import UsageError, require
 from utils.files import atomic_write, listing_of, read_json, write_json
+from utils.layouts import files_of, network_folder, weight_files
 from utils.tracking import open_tracker
 
 SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "student"
 
 # Settings that may change when a stage is resumed: they do not change its numbers.
-FREE = ("out resume device micro_batch activation_checkpointing context_parallel compile "
+FREE = ("out resume device micro_batch activation_checkpointing context_parallel compile offload "
         "max_bad_steps save_every samples eval_clips preview_every log").split()
 
 
@@ -73,12 +74,13 @@ def read_settings(folder):
     settings = read_json(config) if config.is_file() else {}
     require(isinstance(settings, dict), f"{config} is damaged: train the stage again")
     if "stage" in settings:
+        settings = {"absolute_positions": False, **settings}  # runs older than this setting
         missing = [field.name for field in fields(Config) if field.name not in settings]
         require(not missing, f"{config} lacks {', '.join(missing)}: train the stage again")
         return {**settings, "where": "assets/student" if folder == SHIPPED else str(folder)}
-    has_weights = any(p.suffix in (".safetensors", ".pt") for p in folder.glob("*"))
-    require(folder.is_file() or has_weights, f"{folder} holds no finished stage and no weights: "
-            "train it first (python train.py --stage N), or name another")
+    inner = network_folder(folder) if folder.is_dir() else folder
+    require(folder.is_file() or weight_files(inner), f"{folder} holds no finished stage and no "
+            "weights: train it first (python train.py --stage N), or name another")
     return None
 
 
@@ -94,10 +96,10 @@ def steps_before(cfg):
 def fingerprint(path):
     """A short text that changes with the weights in `path`: their sizes, first and last bytes."""
     path, digest = Path(path), hashlib.sha256()
-    files = [p for p in sorted(path.glob("*")) if p.suffix in (".safetensors", ".pt")]
-    if (path / "ema.safetensors").is_file():
-        files = [path / "ema.safetensors"]
-    for file in [path] if path.is_file() else files:
+    files = [path / "ema.safetensors"]
+    if not files[0].is_file():
+        files = files_of(network_folder(path) if path.is_dir() else path)
+    for file in files:
         size = file.stat().st_size
         with open(file, "rb") as f:
             start = f.read(2 ** 20)
@@ -108,7 +110,8 @@ def fingerprint(path):
 
 def origins(cfg):
     """Fingerprints of the weights that a stage starts from."""
-    return [fingerprint(path) for path in start_from(cfg)] if starts_from_weights(cfg) else []
+    sources = [*start_from(cfg), *([Path(cfg.real_score)] if cfg.real_score else [])]
+    return [fingerprint(path) for path in sources] if starts_from_weights(cfg) else []
 
 
 @contextlib.contextmanager
@@ -136,7 +139,7 @@ def saved_states(folder):
 
 def same_setting(name, old, new):
     """Whether a setting is what it was; paths may be written differently."""
-    if name in ("data", "init", "teacher") and old and new:
+    if name in ("data", "init", "teacher", "real_score") and old and new:
         return Path(old).resolve() == Path(new).resolve()
     return old == new or [old] == new  # one number where a list is allowed now
 

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import sys
 import time
 from dataclasses import fields
@@ -16,7 +17,9 @@ from losses import GAN_LOSSES
 from model import chunk_bounds
 from utils.errors import (UsageError, check_device, first_process, require,
                           wait_for_the_first)
+from utils.layouts import config_beside
 from utils.tracking import check_tracker
+from utils.weights import open_weights
 
 INF = math.inf
 LIMITS = (  # least, most, in words, the settings that have to lie between
@@ -141,12 +144,26 @@ def add_fields(parser, config, recipes):
             usual = f"stages 0 to 3: {', '.join(values)}"
         text = f"{texts[field.name]} [{usual}]" if usual else texts[field.name]
         parser.add_argument(flag(field.name), default=None, help=text.replace("%", "%%"), **options)
+    parser.add_argument("--wan", dest="teacher", help="As --teacher: a download of Wan 2.1.")
 
 
 def given_values(args):
     """What was typed on the command line, as a dict; lists become tuples."""
     return {name: tuple(value) if isinstance(value, list) else value
             for name, value in vars(args).items() if value is not None}
+
+
+def inferred_preset(overrides):
+    """The preset that was typed, or the one whose shape the teacher's official weights have; the
+    toy for a stage of our own or the toy world."""
+    teacher = Path(overrides.get("teacher", ""))
+    if "preset" in overrides or "teacher" not in overrides or not teacher.exists():
+        return overrides.get("preset", "toy")
+    if "stage" in config_beside(teacher):
+        return "toy"
+    shaped = open_weights(teacher).preset
+    require(shaped, f"{teacher} has the shape of no preset: add --preset, and flags for its shape")
+    return shaped
 
 
 # ---------------------------------------------------------------- checks
@@ -231,6 +248,17 @@ def check_relatives(cfg):
             "logistic")
 
 
+def check_compiler(device):
+    """torch.compile writes C++ for a CPU, and for a GPU a little C around its kernels."""
+    usual = {"cpu": ("CXX", ["clang++" if sys.platform == "darwin" else "g++"]),
+             "cuda": ("CC", ["gcc", "clang"])}
+    require(device in usual, f"--compile does not work with --device {device}: leave it out")
+    variable, names = usual[device]
+    names = [os.environ.get(variable), *names] if os.environ.get(variable) else names
+    require(any(shutil.which(name) for name in names), f"--compile needs a compiler, and there is "
+            f"no {' or '.join(names)}: install one, name it in {variable}, or leave out --compile")
+
+
 def check_choice(name, value, choices):
     """One of a few words."""
     require(value in choices, f"{flag(name)} {value} is unknown: choose from {', '.join(choices)}")
@@ -261,3 +289,5 @@ def validate(cfg):
     check_training(cfg)
     check_relatives(cfg)
     check_device(cfg.device)
+    if cfg.compile:
+        check_compiler(cfg.device)

@@ -1,54 +1,43 @@
-"""Weights on disk, official and our own: read one tensor at a time, every name checked."""
-import json
+"""Weights on disk, official and our own: read one tensor at a time, every name checked.
+
+What utils/layouts.py knows of published layouts is applied here: a checkpoint comes out under the
+official names, or one sentence says what was given instead.
+"""
+import pickle
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from utils.errors import UsageError, first_line, require
+from utils.layouts import (NESTED, config_beside, files_of, network_folder, official_name,
+                           preset_of, refuse_foreign, shape_from, without_wrappers)
 
 
-def files_of(path):
-    """The weight files that `path` names: itself, those of its index, or those in the folder."""
-    if path.is_file():
-        return [path]
-    index = sorted(path.glob("*.safetensors.index.json"))
-    if index:
-        shards = json.loads(index[0].read_text())["weight_map"].values()
-        return sorted({path / shard for shard in shards})
-    return sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pt"))
+class Weights(dict):
+    """{official name: tensor, read from disk when it is sliced}, and what is known of them.
+
+    where    the path that was named
+    source   the files in words
+    role     "teacher", "student", or "" where nothing says which
+    shape    {field of model.Shape: value}, from the tensors' shapes
+    preset   the Wan preset of that shape, or None"""
+
+    def __init__(self, tensors, where, source="", role="", shape=None):
+        super().__init__(tensors)
+        self.where, self.source, self.role, self.shape = where, source, role, shape or {}
+        self.preset = preset_of(self.shape)
+
+    def note(self):
+        """What is read, in words: tensors, numbers, kinds, files."""
+        kinds = sorted({dtype_of(weight) for weight in self.values()})
+        count = sum(torch.Size(shape_of(weight)).numel() for weight in self.values())
+        return (f"reading {len(self)} tensors, {count / 1e6:,.1f} M numbers, "
+                f"{' and '.join(kinds)}, from {self.source or self.where}")
 
 
-def open_file(file):
-    """{name: tensor, read from disk when it is sliced} of one weight file."""
-    if file.suffix == ".safetensors":
-        handle = safe_open(file, "pt")
-        return {name: handle.get_slice(name) for name in handle.keys()}
-    state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    state = state.get("generator_ema") or state.get("generator") or state
-    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
-
-
-def open_weights(path):
-    """A checkpoint as {official name: tensor, read from disk when it is sliced}.
-
-    path   a .safetensors file; a folder with one, or with a sharded set and its index.json, as
-           Wan 2.1 is published; or a .pt state dict, of which `generator_ema` or `generator` is
-           taken if it has them (Self Forcing)
-    Raises UsageError if nothing can be read."""
-    path = Path(path)
-    require(path.exists(), f"{path} does not exist: run the stage that makes it, or check the path")
-    weights = {}
-    try:
-        for file in files_of(path):
-            weights |= open_file(file)
-    except Exception as error:  # every format has its own errors
-        raise UsageError(f"the weights in {path} cannot be read ({first_line(error)}): check who "
-                         "may read them, download them again, or train the stage that made them "
-                         "again") from None
-    require(weights, f"{path} holds no weights: name a .safetensors or .pt file, or a folder of "
-            ".safetensors files")
-    return weights
+KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+         "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # safetensors' words for dtypes
 
 
 def shape_of(weight):
@@ -56,17 +45,137 @@ def shape_of(weight):
     return tuple(weight.get_shape() if hasattr(weight, "get_shape") else weight.shape)
 
 
+def dtype_of(weight):
+    """The dtype of a tensor or a slice, in words."""
+    if hasattr(weight, "get_dtype"):
+        return KINDS.get(weight.get_dtype(), weight.get_dtype().lower())
+    return str(weight.dtype).removeprefix("torch.")
+
+
+# ---------------------------------------------------------------- files
+
+def load_pickled(file):
+    """The contents of a .pt file, of tensors and plain containers alone."""
+    try:
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(file, map_location="cpu", weights_only=True)  # the format before 1.6
+    except pickle.UnpicklingError:
+        raise UsageError(f"{file} holds Python objects beside the weights (settings or optimizer "
+                         "states), which are not loaded, for they could run anything: load it "
+                         "where it was made, and save the state dict alone") from None
+
+
+def state_dict_in(contents, file):
+    """(name of the entry, state dict) in the contents of a .pt file, however deep it lies."""
+    path = []
+    while isinstance(contents, dict):
+        inner = [name for name, value in contents.items() if isinstance(value, dict) and value]
+        known = [name for name in NESTED if name in inner]
+        tensors = {str(k): v for k, v in contents.items() if isinstance(v, torch.Tensor)}
+        if tensors and not known:
+            return "/".join(path), tensors
+        require(known or len(inner) < 2, f"{file} has several entries ({', '.join(map(str, inner))}"
+                "), and none is called generator, model or state_dict: save the weights alone")
+        if not inner:
+            break
+        path.append(str((known or inner)[0]))
+        contents = contents[(known or inner)[0]]
+    raise UsageError(f"{file} holds no tensors: save a state dict there, torch.save(net."
+                     "state_dict(), file)")
+
+
+def open_file(file):
+    """(name of the entry, {name: tensor, read from disk when it is sliced}) of a weight file."""
+    require(file.suffix != ".gguf", f"{file} is a GGUF, quantised for other programs: take the "
+            "bfloat16 or float32 .safetensors")
+    if file.suffix == ".safetensors":
+        handle = safe_open(file, "pt")
+        return "", {name: handle.get_slice(name) for name in handle.keys()}
+    return state_dict_in(load_pickled(file), file)
+
+
+def open_tensors(path, companions=False):
+    """(tensors under the file's own names without wrappers' prefixes, source in words, entry).
+
+    path: a file; or a folder with one set of weights. Raises UsageError if nothing can be read."""
+    path, tensors, entry = Path(path), {}, ""
+    require(path.exists(), f"{path} does not exist: run the stage that makes it, or check the path")
+    try:
+        files = files_of(path, companions)
+        for file in files:
+            entry, part = open_file(file)
+            tensors |= part
+    except UsageError:
+        raise
+    except Exception as error:  # every format has its own errors
+        raise UsageError(f"the weights in {path} cannot be read ({first_line(error)}): check who "
+                         "may read them, download them again, or train the stage that made them "
+                         "again") from None
+    require(tensors, f"{path} holds no weights: name a .safetensors or .pt file, or a folder of "
+            ".safetensors files")
+    source = str(files[0]) if len(files) == 1 else f"{len(files)} files in {files[0].parent}"
+    if not entry:
+        entry = next((name for name in ("generator_ema", "generator")
+                      if any(key.startswith(f"{name}.") for key in tensors)), "")
+    return without_wrappers(tensors), source + (f" ({entry})" if entry else ""), entry
+
+
+def role_of(entry, config):
+    """Whether weights are a teacher's or a student's, as far as the file and its config.json say:
+    a generator is a student; Wan's own classes are the bidirectional teacher."""
+    if "generator" in entry:
+        return "student"
+    kind = str(config.get("_class_name", ""))
+    if "Causal" in kind:
+        return "student"
+    return "teacher" if kind in ("WanModel", "WanTransformer3DModel") else ""
+
+
+def open_weights(path):
+    """A network's checkpoint as Weights, under official names, unread.
+
+    path   a .safetensors file; a folder with one, or with a sharded set and its index.json; the
+           root of the official repository or of the one with -Diffusers; or a .pt state dict, of
+           which `generator_ema` or `generator` is taken if it has them (Self Forcing)
+    Raises UsageError if nothing can be read, or if it is not Wan 2.1's text-to-video network."""
+    path = Path(path)
+    inner = network_folder(path) if path.is_dir() else path
+    tensors, source, entry = open_tensors(inner)
+    if "scale_shift_table" in tensors or any(".attn1." in name for name in tensors):
+        tensors = {official_name(name): tensor for name, tensor in tensors.items()}
+        source += " (diffusers' names)"
+    config = config_beside(inner)
+    if "stage" in config:  # one of our own, whose names are checked against its settings
+        return Weights(tensors, path, source)
+
+    def size(name):
+        return shape_of(tensors[name])
+
+    refuse_foreign(tensors, size, path, config)
+    return Weights(tensors, path, source, role_of(entry, config), shape_from(tensors, size, config))
+
+
+# ---------------------------------------------------------------- into a network
+
 def check_names(net, weights, where):
     """Raise UsageError with the first names or shapes in which network and checkpoint differ."""
     want = {name: tuple(p.shape) for name, p in net.named_parameters()}
     have = {name: shape_of(w) for name, w in weights.items()}
     reshaped = {name for name in want.keys() & have.keys() if want[name] != have[name]}
+    faults = []
     for what, names in (("lacks", want.keys() - have.keys()),
                         ("has unknown", have.keys() - want.keys()),
                         ("has another shape of", reshaped)):
         more = " ..." if len(names) > 5 else ""
-        require(not names, f"{where} {what} {', '.join(sorted(names)[:5])}{more} ({len(names)} in "
-                "all): choose the preset and flags it was trained with")
+        if names:
+            faults.append(f"{what} {', '.join(sorted(names)[:5])}{more} ({len(names)} in all)")
+    preset = getattr(weights, "preset", None)
+    remedy = f"it has the shape of --preset {preset}" if preset else (
+        "choose the preset and flags it was trained with")
+    require(not faults, f"{where} {' and '.join(faults)}: {remedy}")
 
 
 def whole_parameter(param):

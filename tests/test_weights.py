@@ -1,0 +1,646 @@
+"""Wan's weights in the layouts that people have: each loads exactly, or one sentence says what was
+given."""
+import argparse
+import json
+import shutil
+import weakref
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import model as M
+import sample
+import train
+from scale import parallel, serve, wan
+from scale.run import network_config
+from tests.common import (WAN, inputs, largest_difference, network, relative, several_processes,
+                          small_config, small_vae_and_text_encoder, tiny, weights, write_official)
+from utils import layouts, media, runs
+from utils.errors import UsageError, friendly_errors
+from utils.settings import check_compiler, inferred_preset
+from utils.weights import load_into, open_tensors, open_weights
+
+PLAIN = tiny(precondition=False)
+CONFIG = {"_class_name": "WanModel", "model_type": "t2v", "num_heads": 2, "text_len": 4}
+
+
+def tensors_of(cfg=PLAIN):
+    """A network's tensors under official names."""
+    return {name: p.detach().clone() for name, p in network(cfg).state_dict().items()}
+
+
+def as_diffusers(tensors):
+    """Official names written as diffusers does; the reverse of what is tested, on its own."""
+    words = {"self_attn": "attn1", "cross_attn": "attn2", "q": "to_q", "k": "to_k", "v": "to_v",
+             "o": "to_out.0", "modulation": "scale_shift_table", "norm3": "norm2"}
+    whole = {"head.modulation": "scale_shift_table", "head.head": "proj_out"}
+    embedder = "condition_embedder"
+    for part in ("time", "text"):
+        for n in (1, 2):
+            whole[f"{part}_embedding.{2 * n - 2}"] = f"{embedder}.{part}_embedder.linear_{n}"
+    whole["time_projection.1"] = f"{embedder}.time_proj"
+    renamed = {}
+    for name, tensor in tensors.items():
+        stem, _, last = name.rpartition(".")
+        if name in whole:
+            new = whole[name]
+        elif stem in whole:
+            new = f"{whole[stem]}.{last}"
+        else:
+            new = ".".join(words.get(word, word) for word in name.split("."))
+            new = new.replace("ffn.0", "ffn.net.0.proj").replace("ffn.2", "ffn.net.2")
+        renamed[new] = tensor
+    return renamed
+
+
+def diffusers_root(folder, tensors, **index):
+    """A -Diffusers download, its transformer alone."""
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", **index}))
+    config = {"_class_name": "WanTransformer3DModel", "num_attention_heads": 2}
+    (folder / "transformer/config.json").write_text(json.dumps(config))
+    save_file(as_diffusers(tensors),
+              folder / "transformer/diffusion_pytorch_model.safetensors")
+    return folder
+
+
+def prefixed(tensors, start, inner=""):
+    """Names as wrappers leave them: `start` in front, `inner` inside blocks."""
+    return {start + name.replace("self_attn.", f"{inner}self_attn."): t
+            for name, t in tensors.items()}
+
+
+LAYOUTS = {  # contents of w.pt, or of w.safetensors for flat ones that end in "!"
+    "state_dict": lambda t: {"state_dict": t, "epoch": 3, "name": "x"},
+    "model": lambda t: {"model": t, "step": torch.tensor(3)},
+    "two deep": lambda t: {"epoch": 1, "generator": {"state_dict": t}},
+    "module": lambda t: prefixed(t, "module."),
+    "orig_mod": lambda t: {"generator": prefixed(t, "_orig_mod.model.")},
+    "fsdp": lambda t: {"generator_ema": prefixed(t, "model._fsdp_wrapped_module.",
+                                                 "_fsdp_wrapped_module."),
+                       "generator": {k: 0 * v for k, v in t.items()}, "critic": {"a": t}},
+    "numbers beside": lambda t: {**t, "epoch": 3, "lr": 0.1},
+    "model!": lambda t: prefixed(t, "model.diffusion_model."),
+    "generator_ema!": lambda t: prefixed(t, "generator_ema.model.") | prefixed(
+        {k: 0 * v for k, v in t.items()}, "generator.model."),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_wrapped_weights_are_those_inside(tmp_path, layout):
+    tensors = tensors_of()
+    contents, flat = LAYOUTS[layout](tensors), layout.endswith("!")
+    file = tmp_path / ("w.safetensors" if flat else "w.pt")
+    if flat:
+        save_file({k: v.contiguous() for k, v in contents.items()}, file)
+    else:
+        torch.save(contents, file, _use_new_zipfile_serialization=layout != "module")
+    opened = open_weights(file)
+    net = load_into(M.build(PLAIN), opened, file)
+    assert all(torch.equal(net.state_dict()[name], t) for name, t in tensors.items())
+    assert "float32" in opened.note() and str(file) in opened.note()
+    assert opened.role == ("student" if "generator" in str(contents.keys()) or "generator" in
+                           layout else "")
+
+
+def test_diffusers_names_are_renamed_one_to_one(tmp_path):
+    """Root or part; the same numbers; what was read is known to be a teacher."""
+    tensors = tensors_of()
+    root = diffusers_root(tmp_path / "wan", tensors)
+    for path in (root, root / "transformer"):
+        opened = open_weights(path)
+        net = load_into(M.build(PLAIN), opened, path)
+        assert all(torch.equal(net.state_dict()[name], t) for name, t in tensors.items())
+        assert opened.role == "teacher" and opened.shape["num_heads"] == 2
+
+
+@torch.no_grad()
+def test_diffusers_own_network_gives_the_same_flow():
+    """Its transformer with random weights, renamed, is our network."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    theirs = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=8,
+        freq_dim=16, ffn_dim=64, num_layers=2).eval()
+    ours = M.build(PLAIN)
+    names = {layouts.official_name(k): v for k, v in theirs.state_dict().items()}
+    load_into(ours, names, "diffusers")
+    x, _, text = inputs(PLAIN)
+    flow = ours(x, torch.full(x.shape[:2], 0.7), text)
+    same = theirs(x.transpose(1, 2), torch.full((2,), 700.0), text, return_dict=False)[0]
+    assert relative(flow, same.transpose(1, 2)) < 1e-5
+
+
+def touch(folder, *names):
+    """Empty files in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize("names, message", [
+    (("a.pt", "b.pt"), r"more than one set of weights \(a.pt, b.pt\)"),
+    (("a.pt", "b.safetensors"), r"more than one set .*a.pt, b.safetensors"),
+    (("x-00001-of-00003.safetensors", "x-00003-of-00003.safetensors"), "2 of 3 files"),
+    (("w.gguf",), "is a GGUF"), (("Wan2.1_VAE.pth", "models_t5_umt5.pth"), "holds no weights"),
+    ((".w.pt",), "holds no weights")])
+def test_ambiguous_folders_list_their_files(tmp_path, names, message):
+    with pytest.raises(UsageError, match=message):
+        open_weights(touch(tmp_path / "w", *names))
+
+
+def test_a_network_beside_its_companions_is_found(tmp_path):
+    """By the words of their names, not by letters inside a word."""
+    folder = touch(tmp_path / "w", "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth",
+                   "models_clip_open-clip-xlm.pth", "checkpoint5.pt")
+    assert [p.name for p in layouts.files_of(folder)] == ["checkpoint5.pt"]
+
+
+def test_incomplete_downloads_and_two_experts_are_refused(tmp_path):
+    folder = write_official(tmp_path / "wan", "sharded", network(PLAIN))
+    (folder / "part-2-of-3.safetensors").unlink()
+    with pytest.raises(UsageError, match="lacks part-2-of-3.safetensors of the 3 files"):
+        open_weights(folder)
+    for parts in (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model")):
+        root = tmp_path / parts[0]
+        for part in parts:
+            (root / part).mkdir(parents=True)
+        with pytest.raises(UsageError, match="Wan 2.2's two experts"):
+            open_weights(root)
+    save_file(tensors_of(), touch(tmp_path / "low_noise_model") / "w.safetensors")
+    with pytest.raises(UsageError, match="for low noise alone"):
+        open_weights(tmp_path / "low_noise_model")
+
+
+def one(name, *shape):
+    """A tensor to add to a checkpoint."""
+    return {name: torch.zeros(shape or (2,))}
+
+
+@pytest.mark.parametrize("change, message", [
+    (one("lora_unet_blocks_0.lora_down.weight"), "a LoRA"),
+    (one("blocks.0.self_attn.q.lora_A.weight"), "a LoRA"),
+    (one("vace_blocks.0.before_proj.weight"), "VACE"),
+    (one("img_emb.proj.0.weight"), "image-to-video"),
+    (one("blocks.0.self_attn.q.scale_weight", 1), "scaled fp8"),
+    (one("scaled_fp8", 2), "scaled fp8"),
+    (one("blocks.0.ffn.0.weight.absmax"), "quantised"),
+    (one("patch_embedding.weight", 32, 36, 1, 2, 2), "I2V network, which takes 36"),
+    (one("patch_embedding.weight", 32, 48, 1, 2, 2), "TI2V network, which takes 48"),
+    ({"patch_embedding.weight": None, "shared.weight": torch.zeros(2)}, "a text encoder"),
+    ({"patch_embedding.weight": None, "decoder.conv1.weight": torch.zeros(2)}, "a video VAE"),
+    ({"patch_embedding.weight": None}, "holds no Wan network: its names are blocks.0")])
+def test_other_kinds_are_named(tmp_path, change, message):
+    contents = {k: v for k, v in {**tensors_of(), **change}.items() if v is not None}
+    save_file(contents, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match=message):
+        open_weights(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("contents, message", [
+    ({"generator": {}, "args": argparse.Namespace(lr=1)}, "holds Python objects"),
+    ({"epoch": 3}, "holds no tensors"),
+    ({"left": {"a": torch.zeros(1)}, "right": {"a": torch.zeros(1)}}, "several entries")])
+def test_pt_files_without_weights_are_one_sentence(tmp_path, contents, message):
+    torch.save(contents, tmp_path / "w.pt")
+    with pytest.raises(UsageError, match=message):
+        open_weights(tmp_path / "w.pt")
+
+
+def test_missing_and_foreign_names_are_both_shown():
+    net, tensors = M.build(PLAIN), tensors_of()
+    tensors["mine.weight"] = tensors.pop("head.modulation")
+    with pytest.raises(UsageError, match="lacks head.modulation .* and has unknown mine.weight"):
+        load_into(net, tensors, "here")
+
+
+# ---------------------------------------------------------------- presets
+
+def test_the_preset_is_inferred_from_shapes(tmp_path, monkeypatch):
+    shape = {name: getattr(PLAIN, name) for name in asdict(PLAIN)}
+    monkeypatch.setitem(M.PRESETS, "wan-14b", shape)
+    folder = write_official(tmp_path / "wan", "single", network(PLAIN))
+    assert open_weights(folder).preset == "wan-14b"
+    assert inferred_preset({"teacher": str(folder)}) == "wan-14b"
+    assert train.parse(["--wan", str(folder)]) == {"teacher": str(folder)}
+    assert inferred_preset({}) == inferred_preset({"teacher": "nowhere"}) == "toy"
+    with pytest.raises(UsageError, match="the shape of wan-14b: leave out --preset wan-1.3b"):
+        serve.open_stage(folder, "wan-1.3b")
+    cfg = train.make_config({"preset": "wan-1.3b", "device": "cpu", "teacher": str(folder)}, 1)
+    with pytest.raises(UsageError, match="has dim 32, this run 1536: use --preset wan-14b"):
+        train.check_start(cfg, True)
+
+
+# ---------------------------------------------------------------- teacher and student
+
+def args_for(*flags):
+    """sample.py's command line."""
+    return serve.arguments(["--device", "cpu", *map(str, flags)], "")
+
+
+def test_a_teacher_is_not_streamed_and_a_student_says_how(tmp_path):
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    tensors = tensors_of()
+    write_official(teacher, "single", network(PLAIN))
+    (teacher / "config.json").write_text(json.dumps(CONFIG))
+    student.mkdir()
+    (student / "config.json").write_text(json.dumps({**CONFIG, "_class_name": "CausalWanModel"}))
+    torch.save({"generator_ema": tensors}, student / "w.pt")
+    for flags in ((), ("--student", "self-forcing")):
+        with pytest.raises(UsageError, match="a teacher, which does not stream: name it with"):
+            serve.chosen_stage(args_for("--weights", teacher, *flags))
+    with pytest.raises(UsageError, match="nothing says how the weights in .* stream"):
+        serve.chosen_stage(args_for("--weights", student))
+    settings = serve.chosen_stage(args_for("--weights", student, "--student", "self-forcing"))[2]
+    wanted = dict(stage=2, chunk=3, sink=0, window=18, shift=5.0, absolute_positions=True,
+                  student_steps=4, dim=32)
+    assert {name: settings[name] for name in wanted} == wanted
+    settings = serve.chosen_stage(args_for("--weights", student / "w.pt", "--student", "causvid",
+                                           "--shift", 3, "--window", 0))[2]
+    assert settings["student_steps"] == (1.0, 0.757, 0.522)
+    assert (settings["shift"], settings["window"]) == (3.0, 0)
+    for name in ("--wan", "--teacher"):
+        _, codec, settings, _ = serve.chosen_stage(args_for(name, teacher, "--guidance", 2))
+        assert codec is None and settings["stage"] == 0 and settings["ode_steps"] == 50
+        assert settings["guidance"] == 2 and settings["first"] == 0
+    for flags, message in ((("--chunk", 3), "makes a clip at once"),
+                           (("--image", "assets/example.png"), "leave out --image")):
+        with pytest.raises(UsageError, match=message):
+            serve.chosen_stage(args_for("--teacher", teacher, *flags))
+
+
+def test_stage_two_does_not_start_from_a_teacher(tmp_path, capsys):
+    folder = write_official(tmp_path / "wan", "single", network(PLAIN))
+    with pytest.raises(SystemExit):
+        train.main(["--stage", "2", "--teacher", str(folder), "--init", str(folder), "--out",
+                    str(tmp_path / "out"), *WAN])
+    assert "stage 2 starts from a student" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--times 1 1", "noise levels that fall"), ("--times 1 0.5 --steps 2", "leave out --steps"),
+    ("--times 2 1", "noise levels that fall"), ("--weights a --teacher b", "leave one out"),
+    ("--shift 0", "--shift 0.0 does not work"), ("--student other", "invalid choice")])
+def test_flags_are_checked_before_anything_is_read(capsys, flags, message):
+    with pytest.raises(SystemExit), friendly_errors():
+        args_for(*flags.split())
+    assert message in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_streams_with_times_positions_and_without_a_window():
+    """Explicit times are the schedule's; inside the window, absolute positions are relative ones,
+    and beyond it they are not; --window 0 sees the sink alone."""
+    def stream(steps=2, frames=7, **options):
+        cfg = tiny(precondition=False, **options)
+        g = torch.Generator().manual_seed(3)
+        return torch.cat(list(sample.rollout(
+            network(cfg), inputs(cfg, b=1)[0][:, :1], inputs(cfg, b=1)[2],
+            lambda n: torch.randn(1, n, 4, 4, 4, generator=g), frames, steps)), 1)
+
+    shift = tiny().shift
+    assert torch.equal(stream(), stream((1.0, shift * 0.5 / (1 + (shift - 1) * 0.5))))
+    assert not torch.equal(stream(), stream((1.0, 0.3)))
+    assert torch.equal(stream(window=6), stream(window=6, absolute_positions=True))
+    near, far = (stream(window=3, frames=10, absolute_positions=absolute)
+                 for absolute in (False, True))
+    assert torch.equal(near[:, :7], far[:, :7]) and not torch.equal(near[:, 7:], far[:, 7:])
+    short = stream(window=0, sink=1, frames=10)
+    assert short.isfinite().all() and not torch.equal(short, stream(window=3, frames=10))
+
+
+@torch.no_grad()
+def test_a_teacher_clip_is_guided_away_from_the_negative_prompt():
+    net = network(PLAIN)
+    settings = {**asdict(PLAIN), "stage": 0, "ode_steps": 3, "guidance": 4.0}
+    x, _, text = inputs(PLAIN, b=1)
+    away = torch.randn(2, PLAIN.text_dim)
+    clips = [next(sample.generate_chunks(net, settings, x[:, :0], text, lambda n: x, 7,
+                                         negative=negative)) for negative in (None, away)]
+    assert clips[0].shape == x.shape and not torch.equal(*clips)
+    velocity = sample.with_cfg(net, text, 4.0, away)
+    times = sample.times_of(3, PLAIN.shift)
+    assert torch.equal(clips[1], sample.sample_ode(velocity, x, x[:, :0], times)[0])
+
+
+# ---------------------------------------------------------------- training
+
+def small_wan_files(folder, only_text=False):
+    """A small student, a deeper and wider real score, and captions or clips."""
+    shape = dict(in_dim=4, out_dim=4, text_dim=8, text_len=4, freq_dim=16, precondition=False)
+    student = tiny(**shape)
+    larger = tiny(**{**shape, "dim": 48, "ffn_dim": 80, "num_layers": 3, "num_heads": 2})
+    write_official(folder / "wan", "single", network(student))
+    write_official(folder / "large", "single", network(larger))
+    (folder / "large/config.json").write_text(json.dumps(CONFIG))
+    torch.save({"generator": tensors_of(student)}, folder / "ode.pt")
+    (folder / "data" / "negative").mkdir(parents=True)
+    for i in range(2):
+        clip = {} if only_text else {"latents": torch.randn(9, 4, 4, 6)}
+        save_file({"text": torch.randn(4, 8), **clip}, folder / f"data/{i}.safetensors")
+    save_file({"text": torch.randn(2, 8)}, folder / "data/negative/text.safetensors")
+    return ["--teacher", str(folder / "wan"), "--init", str(folder / "ode.pt"), "--data",
+            str(folder / "data"), "--stage", "2", *WAN, "--iters", "1", "--fake-updates", "1"]
+
+
+def test_the_real_score_may_be_larger_and_frozen_networks_offloaded(tmp_path):
+    """Stage 2 from published ODE weights with captions alone and a larger real score. Offloading
+    does not change a bit, the larger network changes the result."""
+    flags = small_wan_files(tmp_path, only_text=True)
+    flags += "--first 0 --sink 0 --window 9 --chunk 3 --latent-size 4 6".split()
+    real = ["--real-score", str(tmp_path / "large")]
+    results = []
+    for name, more in (("a", real), ("b", [*real, "--offload"]), ("c", [])):
+        train.main(["--out", str(tmp_path / name), *flags, *more])
+        results.append(weights(tmp_path / name / "stage2"))
+    assert all(t.isfinite().all() for t in results[0].values())
+    assert largest_difference(results[0], results[1]) == 0
+    assert largest_difference(results[0], results[2]) > 0
+    cfg = train.make_config(train.parse([*flags, *real]), 2)
+    assert network_config(cfg, "teacher").dim == 48 and network_config(cfg, "fake").dim == 32
+    assert len(runs.origins(cfg)) == 3
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_larger_real_score(tmp_path):
+    flags = [*small_wan_files(tmp_path), "--real-score", str(tmp_path / "large"), "--offload"]
+    train.main(["--out", str(tmp_path / "one"), *flags])
+    several_processes(2, tmp_path, "--out", str(tmp_path / "two"), *flags)
+    results = [weights(tmp_path / name / "stage2") for name in ("one", "two")]
+    assert largest_difference(*results) < 1e-5
+
+
+def test_an_offloaded_block_is_on_the_device_while_it_runs():
+    cfg, seen = tiny(), []
+    with torch.device("meta"):
+        net = M.build(cfg)
+    net = parallel.allocate(net, torch.device("cpu"), offloaded=True)
+    load_into(net, network(cfg).state_dict(), "here")
+    block = net.blocks[1]
+    home = [p.data_ptr() for p in block.parameters()]
+    block.register_forward_pre_hook(lambda b, _: seen.append(len(b.at_home)))
+    with torch.no_grad():
+        assert torch.equal(net(*inputs(cfg)), network(cfg)(*inputs(cfg)))
+    assert seen == [len(home)] and not hasattr(block, "at_home")
+    assert home == [p.data_ptr() for p in block.parameters()]
+
+
+def test_without_a_compiler_compile_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UsageError, match=r"needs a compiler, and there is no (g|clang)\+\+"):
+        check_compiler("cpu")
+    with pytest.raises(UsageError, match="does not work with --device mps"):
+        check_compiler("mps")
+    with pytest.raises(UsageError, match="--compile needs a compiler"):
+        small_config(2, "--compile")
+
+
+def test_compiled_blocks_are_graphs(monkeypatch):
+    """Counted, since an eager fallback gives the same numbers: one graph for all blocks, and one
+    with a gradient, also where activations are checkpointed."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=backend))
+    torch._dynamo.reset()
+    cfg = tiny()
+    net, (x, t, text) = network(cfg), inputs(cfg)
+    with torch.no_grad():
+        expected = net(x, t, text)
+        net = parallel.shard(network(cfg), compiled=True)
+        assert relative(net(x, t, text), expected) < 1e-6
+    assert len(graphs) == 1
+    net = parallel.shard(network(cfg), checkpointing=True, compiled=True)
+    net(x, t, text).sum().backward()
+    assert len(graphs) == 2
+
+
+@pytest.mark.slow
+def test_training_runs_compiled_graphs(tmp_path, monkeypatch):
+    """In stage 2 of official weights from its first step: student, scores and contexts."""
+    graphs, compiled = [], torch.compile
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=backend))
+    torch._dynamo.reset()
+    flags = small_wan_files(tmp_path)
+    train.main(["--out", str(tmp_path / "a"), *flags, "--compile", "--iters", "2"])
+    assert 4 <= len(graphs) < torch._dynamo.config.recompile_limit
+    train.main(["--out", str(tmp_path / "b"), *flags, "--iters", "2"])
+    assert largest_difference(*(weights(tmp_path / name / "stage2") for name in "ab")) < 1e-5
+
+
+# ---------------------------------------------------------------- VAE and text encoder
+
+def official_vae(vae):
+    """Names of Wan2.1_VAE.pth for diffusers' VAE, from the official network's lists of layers."""
+    inner = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3",
+             "conv2": "residual.6", "conv_shortcut": "shortcut"}
+    outer = {"quant_conv": "conv1", "post_quant_conv": "conv2", "conv_in": "conv1",
+             "norm_out": "head.0", "conv_out": "head.2"}
+    renamed = {}
+    for name, tensor in vae.state_dict().items():
+        side, *rest = name.split(".")
+        if side not in ("encoder", "decoder"):
+            new = [outer[side], *rest]
+        elif rest[0] == "mid_block":
+            place = {"resnets": 2 * int(rest[2]), "attentions": 1}[rest[1]]
+            new = [side, "middle", str(place), inner.get(rest[3], rest[3]), *rest[4:]]
+        elif rest[0] == "down_blocks":
+            new = [side, "downsamples", rest[1], inner.get(rest[2], rest[2]), *rest[3:]]
+        elif rest[0] == "up_blocks":  # three residual blocks and an upsampler each
+            place = 4 * int(rest[1]) + (int(rest[3]) if rest[2] == "resnets" else 3)
+            new = [side, "upsamples", str(place), inner.get(rest[4], rest[4]), *rest[5:]]
+        else:
+            new = [side, outer[rest[0]], *rest[1:]]
+        renamed[".".join(new)] = tensor
+    return renamed
+
+
+def official_t5(encoder):
+    """Names of models_t5_umt5-xxl-enc-bf16.pth for transformers' encoder."""
+    parts = {"SelfAttention.relative_attention_bias": "pos_embedding.embedding",
+             "DenseReluDense.wi_0": "ffn.gate.0", "DenseReluDense.wi_1": "ffn.fc1",
+             "DenseReluDense.wo": "ffn.fc2"}
+    renamed = {}
+    for name, tensor in encoder.state_dict().items():
+        words = name.split(".")
+        if "embed_tokens" in words:
+            continue
+        if words[0] == "shared":
+            new = "token_embedding.weight"
+        elif words[1] == "final_layer_norm":
+            new = "norm.weight"
+        elif words[-2] == "layer_norm":
+            new = f"blocks.{words[2]}.norm{int(words[4]) + 1}.weight"
+        else:
+            part = ".".join(words[5:-1])
+            part = parts.get(part, part.replace("SelfAttention", "attn"))
+            new = f"blocks.{words[2]}.{part}.weight"
+        renamed[new] = tensor
+    return renamed
+
+
+@pytest.fixture(scope="module")
+def companions(tmp_path_factory):
+    """A small VAE of 16 channels and a small UMT5 in both layouts, with networks that fit."""
+    folder = tmp_path_factory.mktemp("companions")
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    small_vae_and_text_encoder(folder)
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(base_dim=4)
+    root, official = folder / "d", folder / "o"
+    cfg = tiny(precondition=False, in_dim=16, out_dim=16)
+    diffusers_root(root, tensors_of(cfg))
+    vae.save_pretrained(root / "vae")
+    words = ("tokenizer.json", "tokenizer_config.json")
+    for part in ("text_encoder", "tokenizer"):
+        (root / part).mkdir()
+    for file in (folder / "umt5").iterdir():
+        part = "tokenizer" if file.name in words else "text_encoder"
+        shutil.copy(file, root / part / file.name)
+    write_official(official, "single", network(cfg))
+    (official / "config.json").write_text(json.dumps(CONFIG))
+    torch.save(official_vae(vae), official / "Wan2.1_VAE.pth")
+    encoder = transformers.UMT5EncoderModel.from_pretrained(folder / "umt5")
+    torch.save({k: v.bfloat16() for k, v in official_t5(encoder).items()},
+               official / "models_t5_umt5-xxl-enc-bf16.pth")
+    shutil.copytree(root / "tokenizer", official / "google" / "umt5-xxl")
+    return folder
+
+
+@torch.no_grad()
+def test_both_layouts_encode_as_the_libraries_do(companions, capsys):
+    """From the root and from the parts: diffusers' and transformers' own answers."""
+    import diffusers
+    import transformers
+    vae = diffusers.AutoencoderKLWan.from_pretrained(companions / "d/vae").eval()
+    video = torch.rand(1, 5, 3, 16, 16) * 2 - 1
+    for path in ("d", "d/vae", "o", "o/Wan2.1_VAE.pth"):
+        codec = wan.WanCodec(companions / path)
+        latents = codec.encode(video)
+        z = vae.encode(video.transpose(1, 2)).latent_dist.mode()
+        assert relative(latents, ((z - codec.mean) / codec.std).transpose(1, 2)) < 1e-5
+        back = vae.decode(z).sample.transpose(1, 2).clamp(-1, 1)
+        assert relative(codec.decode(latents), back) < 1e-5
+        assert codec.channels == 16
+    own = transformers.UMT5EncoderModel.from_pretrained(companions / "umt5").eval()
+    expected = own(input_ids=torch.tensor([[2, 3]])).last_hidden_state[0]
+    for path, error in (("d", 1e-6), ("d/text_encoder", 1e-6), ("umt5", 1e-6), ("o", 2e-2),
+                        ("o/models_t5_umt5-xxl-enc-bf16.pth", 2e-2)):
+        text = wan.CaptionEncoder(companions / path).encode("red disc")
+        assert relative(text, expected) < error, path
+    short = wan.CaptionEncoder(companions / "d", length=2)
+    assert short.encode("red red disc").shape == short.encode("red disc red").shape == (2, 8)
+    said, warned = capsys.readouterr()
+    assert warned.count("only the first 2 of 3 tokens are used") == 1
+    assert "VAE: reading 194 tensors" in said and "bfloat16, from" in said and "Wan2.1_VAE" in said
+
+
+def changed(path, folder, name, change):
+    """A copy of a folder in which one weight file has other tensors."""
+    shutil.copytree(path, folder)
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    return folder
+
+
+CHANGES = {"lacks": lambda t: t.pop(min(t)), "has unknown": lambda t: t.update(a=torch.ones(1)),
+           "has another shape of": lambda t: t.update({min(t): t[min(t)].flatten()[:1]})}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_companions_are_never_completed_at_random(companions, tmp_path, what):
+    for part, load in (("vae", wan.WanCodec), ("text_encoder", wan.CaptionEncoder)):
+        folder = changed(companions / "d" / part, tmp_path / "x" / part, part, CHANGES[what])
+        shutil.copytree(companions / "d/tokenizer", tmp_path / "x/tokenizer", dirs_exist_ok=True)
+        with pytest.raises(UsageError, match=what):
+            load(folder)
+
+
+def test_wrong_companions_are_named(companions, tmp_path):
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5/config.json").write_text('{"model_type": "t5"}')
+    root = tmp_path / "official"
+    shutil.copytree(companions / "o", root)
+    (root / "Wan2.1_VAE.pth").unlink()
+    bare = tmp_path / "bare"
+    shutil.copytree(companions / "d/text_encoder", bare / "text_encoder")
+    save_file({"a": torch.zeros(1)}, tmp_path / "odd.safetensors")
+    newer = tmp_path / "newer"
+    shutil.copytree(companions / "d/vae", newer)
+    config = json.loads((newer / "config.json").read_text())
+    (newer / "config.json").write_text(json.dumps({**config, "is_residual": True}))
+    for load, path, message in (
+            (wan.WanCodec, root, "holds WanModel, which is no VAE"),
+            (wan.WanCodec, companions / "d/transformer", "holds WanTransformer3DModel"),
+            (wan.WanCodec, companions / "d/tokenizer", "holds no VAE: name the folder vae"),
+            (wan.WanCodec, tmp_path / "odd.safetensors", "holds no VAE: its names are a"),
+            (wan.WanCodec, tmp_path / "none", "does not exist"),
+            (wan.WanCodec, newer, "is Wan 2.2's VAE"),
+            (wan.CaptionEncoder, tmp_path / "t5", "holds t5, and Wan's text encoder is UMT5"),
+            (wan.CaptionEncoder, companions / "d/vae", "holds AutoencoderKLWan, and Wan's"),
+            (wan.CaptionEncoder, bare, "has no tokenizer: put the folder tokenizer"),
+            (wan.CaptionEncoder, companions / "d/tokenizer", "holds no text encoder")):
+        with pytest.raises(UsageError, match=message):
+            load(path)
+
+
+def test_the_text_encoder_is_gone_before_the_network_comes(companions, tmp_path, monkeypatch):
+    models, left = [], []
+    made, load = wan.CaptionEncoder.__init__, sample.load_network
+
+    def noted(self, *args):
+        made(self, *args)
+        models.append(weakref.ref(self.model))
+
+    def loaded(*args):
+        left.extend(model() for model in models)
+        return load(*args)
+
+    monkeypatch.setattr(wan.CaptionEncoder, "__init__", noted)
+    monkeypatch.setattr(sample, "load_network", loaded)
+    sample.main(["--wan", str(companions / "d"), "--prompt", "red", "--steps", "1", "--frames", "1",
+                 "--size", "32x48", "--out", str(tmp_path / "x.gif"), "--device", "cpu"])
+    assert left == [None]
+
+
+@pytest.mark.parametrize("layout", ["d", "o"])
+def test_one_download_is_enough(companions, tmp_path, layout, capsys):
+    """The teacher and a student's stream from one folder, and from stored embeddings; other widths
+    are refused."""
+    root, out = companions / layout, tmp_path / "x.gif"
+    common = ["--size", "32x48", "--frames", "5", "--out", str(out), "--device", "cpu"]
+    sample.main(["--wan", str(root), "--prompt", "red disc", "--steps", "2", *common])
+    assert media.read_video(out, (32, 48)).shape[0] == 5
+    said = capsys.readouterr().out
+    assert "VAE: reading" in said and "text encoder: reading" in said
+    torch.save({"generator": tensors_of(tiny(precondition=False, in_dim=16, out_dim=16))},
+               tmp_path / "w.pt")
+    student = ["--weights", str(tmp_path / "w.pt"), "--student", "causvid", "--preset", "wan-1.3b"]
+    with pytest.raises(UsageError, match="lacks blocks.10"):
+        sample.main([*student, "--wan", str(root), "--prompt", "red", *common])
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "_class_name": "CausalWanModel"}))
+    save_file({"text": torch.randn(3, 8)}, tmp_path / "t.safetensors")
+    sample.main([*student[:-2], "--vae", str(root), "--text", str(tmp_path / "t.safetensors"),
+                 *common])
+    save_file({"text": torch.randn(3, 9)}, tmp_path / "t.safetensors")
+    with pytest.raises(UsageError, match="embeddings are 9 wide, the network takes 8"):
+        sample.main([*student[:-2], "--vae", str(root), "--text", str(tmp_path / "t.safetensors"),
+                     *common])
+    with pytest.raises(UsageError, match="has 4 channels, the network takes 16"):
+        sample.main([*student[:-2], "--vae", str(companions / "vae"), "--text",
+                     str(tmp_path / "t.safetensors"), *common])
