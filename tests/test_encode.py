@@ -3,6 +3,7 @@
 The models are stand-ins, a "video" is a file with the number of its frames."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,9 @@ def run(tmp_path, monkeypatch, capsys):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "model.safetensors").write_text("1")
     (tmp_path / "clips" / "model.safetensors").unlink()
+    (tmp_path / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKLWan"}')
+    (tmp_path / "umt5" / "config.json").write_text('{"model_type": "umt5"}')
+    (tmp_path / "umt5" / "tokenizer.json").touch()
 
     def call(*more):
         before = {p: p.stat().st_mtime_ns for p in clips_in(tmp_path / "out")}
@@ -116,6 +120,27 @@ def test_other_models_are_not_mixed_in(run, tmp_path, folder, message):
     with pytest.raises(UsageError, match="made with 16x16 5 frames 16 fps, now it is 16x16 9"):
         run("--frames", "9")
     assert run()[0] == []
+
+
+def test_a_download_and_its_parts_are_the_same_models(run, tmp_path):
+    """Named together or one by one; another tokenizer is another text encoder."""
+    root = tmp_path / "wan"
+    (root / "tokenizer").mkdir(parents=True)
+    (tmp_path / "vae").rename(root / "vae")
+    (tmp_path / "umt5").rename(root / "text_encoder")
+    (root / "text_encoder" / "tokenizer.json").rename(root / "tokenizer" / "tokenizer.json")
+
+    def content(vae=root, text_encoder=root):
+        return encode.content_of_models(SimpleNamespace(vae=vae, text_encoder=text_encoder))
+
+    parts = content(root / "vae", root / "text_encoder")
+    assert content() == parts
+    (root / "transformer").mkdir()
+    (root / "transformer" / "w.safetensors").touch()
+    assert content() == parts  # the network has no part in it
+    (root / "tokenizer" / "tokenizer.json").write_text("other")
+    assert content()["vae"] == parts["vae"]
+    assert content()["text encoder"] != parts["text encoder"]
 
 
 def test_an_interrupted_video_leaves_no_clips_of_other_settings(run, tmp_path, monkeypatch):

@@ -127,7 +127,7 @@ def test_where_a_caption_begins_in_latent_frames(monkeypatch):
     first = torch.zeros(1, 1, 4, 2, 2)
     made = type("Codec", (), {"ratio": 4})(), first, lambda c: torch.full((1, 1, 1), int(c)), "0"
     monkeypatch.setattr(serve, "wan_inputs", lambda *_: made)
-    text = serve.inputs(args, None, {"first": 1}, "")[2]
+    text = serve.inputs(args, None, {"first": 1, "stage": 2}, "")[2]
     assert [int(text(n)) for n in range(5)] == [0, 1, 1, 2, 2]  # latent 3 begins with frame 9
 
 
@@ -136,6 +136,10 @@ def test_where_a_caption_begins_in_latent_frames(monkeypatch):
     (["--prompt-at", "9" * 5000, "b"], "does not work"),
     (["--prompt-at", "4", "b", "--prompt-at", "4", "c"], "each frame once, in rising order"),
     (["--weights", str(HERE / "assets/teacher"), "--prompt-at", "4", "b"], "is a teacher"),
+    (["--text", "a.safetensors", "--prompt-at", "4", "b"], "--text is one embedded prompt: for "),
+    (["--text", "a.safetensors", "--prompt", "b"], "--text is an embedded prompt: leave out"),
+    (["--weights", str(SHIPPED), "--guidance", "0"], "is a student, whose guidance is trained in"),
+    (["--weights", str(SHIPPED), "--text-device", "cpu"], "leave out --text-device"),
     (["--futures", "0"], "--futures 0 does not work"),
     (["--futures", "x"], "invalid int value")])
 def test_bad_captions_and_futures_are_one_sentence(tmp_path, monkeypatch, capsys, flags, message):

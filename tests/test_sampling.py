@@ -97,6 +97,25 @@ def test_passes_per_chunk_may_be_a_list():
     assert passes == pytest.approx([*L.schedule(4, 8.0), 1.0, 1.0])
 
 
+@pytest.mark.parametrize("steps, chunks", [
+    (2, [2, 2, 2]), ((2, 1), [2, 1, 1]), ([3, 2, 1], [3, 2, 1]), ([2], [2, 2, 2]),
+    ((1.0, 0.3), [(1.0, 0.3)] * 3), ([1.0, 0.3], [(1.0, 0.3)] * 3), ((1.0,), [(1.0,)] * 3),
+    ([(1.0, 0.3), 1], [(1.0, 0.3), 1, 1])])
+def test_numbers_of_passes_and_their_times_are_told_apart(steps, chunks):
+    """By their type: a tuple of settings and a list of a config.json mean the same."""
+    _, shown = rolled(tiny(frames=10), steps=steps)
+    passes = [call.t[0, 0].item() for call in shown if call.t[0, 0] > 0]
+    times = [t for chunk in chunks
+             for t in (L.schedule(chunk, 8.0) if isinstance(chunk, int) else chunk)]
+    assert passes == pytest.approx(times)
+
+
+def test_passes_of_chunks_are_no_times():
+    """Of a teacher, say, which has one chunk: the number 4 is not the noise level 4."""
+    with pytest.raises(AssertionError, match="numbers of passes, or times"):
+        sample.times_of([4], 8.0)
+
+
 def test_without_context_passes_there_are_none():
     """--context-level below 0: only the image is passed to fill the cache."""
     _, shown = rolled(tiny(), context_level=-1.0)
