@@ -174,9 +174,13 @@ def load_network(weights, settings, device="cpu", dtype=torch.float32):
 
 def load_stage(folder, preset=None, device="cpu", dtype=torch.float32):
     """(network, codec or None, settings dict) of a stage's folder, or of a student's official
-    weights; `preset` says their shape where it cannot be inferred. UsageError if missing."""
-    from scale.serve import open_stage
+    weights; `preset` says their shape where it cannot be inferred.
+
+    Raises UsageError if they are missing, or Wan's own, which do not stream."""
+    from scale.serve import open_stage, refuse_teacher
     weights, codec, settings = open_stage(folder, preset)
+    if "where" not in settings:
+        refuse_teacher(weights)
     return load_network(weights, settings, device, dtype), codec, settings
 
 

@@ -179,13 +179,19 @@ def as_teacher(settings, preset):
             **TEACHERS.get(preset, TEACHERS["wan-14b"])}
 
 
+def refuse_teacher(weights):
+    """UsageError for a teacher's published weights, which would stream as well, and give a poor
+    video without a word."""
+    require(weights.role != "teacher", f"{weights.where} is Wan's own network, a teacher, which "
+            "does not stream: name it with --teacher to sample it, or a student with --weights (if "
+            "this is one, name its file alone, away from the teacher's config.json)")
+
+
 def as_student(args, weights, settings):
-    """The settings of published weights that stream. UsageError for a teacher's, which would stream
-    as well and give a poor video without a word; and where nothing says how."""
+    """The settings of published weights that stream. UsageError for a teacher's, and where nothing
+    says how."""
+    refuse_teacher(weights)
     where = weights.where
-    require(weights.role != "teacher", f"{where} is Wan's own network, a teacher, which does not "
-            "stream: name it with --teacher to sample it, or a student with --weights (if this is "
-            "one, name its file alone, away from the teacher's config.json)")
     typed = args.chunk and args.window is not None and (args.steps or args.times)
     require(args.student or typed, f"nothing says how the weights in {where} stream: add "
             f"--student {' or '.join(sorted(STUDENTS))} if they are one of these, or --chunk, "

@@ -306,6 +306,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flags, message", [
     (["--port", "99999"], "--port 99999 does not work"), (["--record-to", "none"], "not a folder"),
+    (["--text", "a.safetensors"], "--text is one embedded prompt, and captions change here"),
     (["--steps", "1", "2"], "--steps takes one number"), (["--frames", "3"], "unrecognized"),
     (["--weights", str(HERE / "assets/teacher")], "is a teacher"), (["--seed", "-1"], "--seed -1")])
 def test_a_bad_command_is_one_sentence(capsys, flags, message):
@@ -329,8 +330,9 @@ def test_a_wan_student(tmp_path, monkeypatch):
     monkeypatch.setitem(M.PRESETS, "wan-1.3b", shape)
     path = write_official(tmp_path / "wan", "generator_ema", network(cfg))
     flags = ["--weights", path, "--preset", "wan-1.3b", "--vae", tmp_path / "vae", "--steps", "1",
-             "--text-encoder", tmp_path / "umt5", "--size", "32x48", "--fps", "60",
-             "--image", HERE / "assets/example.png", "--prompt", "red disc", "--device", "cpu"]
+             "--chunk", "3", "--window", "6", "--text-encoder", tmp_path / "umt5", "--size",
+             "32x48", "--fps", "60", "--image", HERE / "assets/example.png", "--prompt",
+             "red disc", "--device", "cpu"]
     with serving(*flags) as wan:
         tab = Viewer(wan)
         assert [tab.picture().shape for _ in range(18)][-1] == (32, 48, 3)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import model as M
 import sample
 import train
+from experiments import evaluate
 from scale import parallel, serve, wan
 from scale.run import network_config
 from tests.common import (WAN, inputs, largest_difference, network, relative, several_processes,
@@ -234,6 +235,20 @@ def test_the_preset_is_inferred_from_shapes(tmp_path, monkeypatch):
         train.check_start(cfg, True)
 
 
+def test_a_recipe_is_that_of_the_inferred_preset(tmp_path, monkeypatch):
+    """Also in its stages that have another teacher than the one that was named."""
+    monkeypatch.setitem(M.PRESETS, "wan-14b", asdict(PLAIN))
+    folder, configs = write_official(tmp_path / "wan", "single", network(PLAIN)), []
+    monkeypatch.setattr(train, "train", configs.append)
+    monkeypatch.setattr(evaluate, "summary", lambda out: None)
+    train.main(["--wan", str(folder), "--recipe", "causal-teacher", "--out", str(tmp_path / "out"),
+                "--device", "cpu"])
+    assert [(cfg.stage, cfg.preset, cfg.batch_size) for cfg in configs] == [
+        (0, "wan-14b", 64), (1, "wan-14b", 64)]
+    assert configs[0].init == str(folder)
+    assert configs[1].teacher == str(tmp_path / "out" / "stage0-causal-teacher")
+
+
 # ---------------------------------------------------------------- teacher and student
 
 def args_for(*flags):
@@ -252,6 +267,8 @@ def test_a_teacher_is_not_streamed_and_a_student_says_how(tmp_path):
     for flags in ((), ("--student", "self-forcing")):
         with pytest.raises(UsageError, match="a teacher, which does not stream: name it with"):
             serve.chosen_stage(args_for("--weights", teacher, *flags))
+    with pytest.raises(UsageError, match="a teacher, which does not stream"):
+        sample.load_stage(teacher)  # as evaluate.py does
     with pytest.raises(UsageError, match="nothing says how the weights in .* stream"):
         serve.chosen_stage(args_for("--weights", student))
     settings = serve.chosen_stage(args_for("--weights", student, "--student", "self-forcing"))[2]
@@ -613,9 +630,16 @@ def test_the_text_encoder_is_gone_before_the_network_comes(companions, tmp_path,
 
     monkeypatch.setattr(wan.CaptionEncoder, "__init__", noted)
     monkeypatch.setattr(sample, "load_network", loaded)
-    sample.main(["--wan", str(companions / "d"), "--prompt", "red", "--steps", "1", "--frames", "1",
-                 "--size", "32x48", "--out", str(tmp_path / "x.gif"), "--device", "cpu"])
+    common = ["--wan", str(companions / "d"), "--prompt", "red", "--steps", "1", "--frames", "13",
+              "--size", "32x48", "--out", str(tmp_path / "x.gif"), "--device", "cpu"]
+    sample.main(common)
     assert left == [None]
+    torch.save({"generator": tensors_of(tiny(precondition=False, in_dim=16, out_dim=16))},
+               tmp_path / "w.pt")
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "_class_name": "CausalWanModel"}))
+    stream = ["--weights", str(tmp_path / "w.pt"), "--chunk", "1", "--window", "2", "--sink", "0"]
+    sample.main([*common, *stream, "--prompt-at", "5", "disc"])  # both captions were encoded first
+    assert left == [None, None, None] and len(models) == 2
 
 
 @pytest.mark.parametrize("layout", ["d", "o"])
