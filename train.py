@@ -503,7 +503,7 @@ def main(argv=None):
     stages = range("teacher" in overrides, 4) if stage == -1 else [stage]
     with friendly_errors():
         with processes(overrides.get("device")):
-            require(stage == -1 or not control, "--control needs all stages: leave out --stage")
+            require(stage == -1 or not control, "--control is for the whole recipe: drop --stage")
             require(stage != -1 or not {"tag", "init"} & overrides.keys(), "--tag and --init "
                     "belong to one stage: add --stage")
             configs = [make_config(overrides, stage) for stage in stages]
