@@ -680,8 +680,8 @@ def test_the_discriminator_is_told_which_pass_it_was(monkeypatch):
     flags = "--student-steps 2 --gan-interval --ode-anchor 0 --probe-every 0 --student-start 0"
     run, left, judged = plan.Rehearsal(small_config(3, *flags.split())), [], []
     rollout, level = train.rollout, train.disc_level
-    monkeypatch.setattr(train, "rollout",
-                        lambda *args, **more: left.extend(more["exit_step"]) or rollout(*args, **more))
+    monkeypatch.setattr(train, "rollout", lambda *args, **more:
+                        left.extend(more["exit_step"]) or rollout(*args, **more))
     monkeypatch.setattr(train, "disc_level",
                         lambda cfg, draws, x, exit_step: judged.append(exit_step)
                         or level(cfg, draws, x, exit_step))
