@@ -80,7 +80,7 @@ def fake_score_loss(velocity, x_student, eps, t):
 
 
 # ---------------------------------------------------------------- stage 1
-def per_chunk(values, image, cfg):
+def to_frames(values, image, cfg):
     """A chunk's value for each of its frames, `image` for the conditioning frames:
     (b, chunks) -> (b, f)."""
     return torch.cat([values.new_full((len(values), cfg.first), image),

@@ -188,7 +188,7 @@ def ode_step(run):
     for batch in run.batches("ode"):
         path, text, *clean = run.trajectory(batch.draws)
         point = batch.draws.choice(cfg.ode_point_weights, chunks)  # one point per chunk
-        point = L.per_chunk(point, cfg.ode_points, cfg)  # (b, f); the image is clean
+        point = L.to_frames(point, cfg.ode_points, cfg)  # (b, f); the image is clean
 
         def flow(x, t, name="student"):
             if cfg.teacher_forcing:
@@ -225,7 +225,7 @@ def denoised_clip(run, batch, grad):
     cfg, x0 = run.cfg, batch.x0
     times = torch.tensor(L.schedule(cfg.student_steps[0], cfg.shift), device=run.device)
     level = batch.draws.choice([1.0] * len(times), (cfg.frames - cfg.first) // cfg.chunk)
-    t = L.per_chunk(times[level], 0.0, cfg)
+    t = L.to_frames(times[level], 0.0, cfg)
     x_t = L.add_noise(x0, batch.draws.randn(*x0.shape[1:]), t)
     with torch.set_grad_enabled(grad), run.autocast():
         flow = run.nets["student"](x_t, t, batch.text, mask=stream_mask(cfg))

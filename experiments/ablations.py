@@ -97,8 +97,9 @@ def relative(recipe, *passes, stage=2, after="stage1", tag="", flags="", name=""
     """A relative of AAD-1 as it was trained, and at other numbers of passes."""
     folder = f"stage{stage}-{tag or recipe}"
     flags, name = f"--recipe {recipe} {flags}", name or recipe
-    return [Row(name if not steps else f"{name}, {' '.join(map(str, steps))} passes", folder, flags,
-                after, steps) for steps in ((), *passes)]
+    return [Row(name, folder, flags, after),
+            *(Row(f"{name}, {' '.join(map(str, steps))} passes", folder, flags, folder, steps)
+              for steps in passes)]
 
 
 FIRST = (4, 1), (4, 2)  # First-Frame Enhancement
@@ -110,8 +111,8 @@ STARTS = [  # the rows of the family that others start from
 FAMILY = [
     *RECIPE, *STARTS,
     Row("stage 1, consistency", "stage1-consistency", "--recipe consistency", "stage0"),
-    PURE2, Row("stage 2 without anchor, 4 1 passes", "stage2-pure", "--ode-anchor 0", "stage1",
-               (4, 1)),
+    PURE2, Row("stage 2 without anchor, 4 1 passes", "stage2-pure", "--ode-anchor 0",
+               "stage2-pure", (4, 1)),
     *relative("self-forcing", (1,), (2,), *FIRST), *relative("causvid", (1,), (2,), *FIRST),
     *relative("one-forcing", (4, 1)),
     *relative("one-forcing", (4, 1), after=CAUSAL, tag="one-forcing-causal",

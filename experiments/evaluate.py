@@ -281,7 +281,7 @@ def general_scores(video, real, first=1):
     return {
         "i2v_fidelity": 100 * likeness.mean().item(),
         # relative to clips that stand still it has no meaning
-        "dynamic_degree": change(video) / change(real) if change(real) > 1e-4 else math.nan,
+        "dynamic_degree": change(video) / change(real) if change(real) > 1e-4 else None,
         "motion_smoothness": 100 * (1 - bend.clamp(max=1)).item(),
     }
 

@@ -82,13 +82,15 @@ def processes(device=""):
     not abort: sharded modules must be gone before their process group."""
     store = None
     if os.environ.get("RANK"):
-        check_environment()
         cuda = device == "cuda" or not device and torch.cuda.is_available()
+        rank = os.environ.get("LOCAL_RANK", "")
+        if cuda and rank.isdecimal():
+            number = torch.cuda.device_count()
+            require(int(rank) < number, f"this machine has {number} GPUs and torchrun asks for "
+                    "more processes: lower --nproc_per_node, or use --device cpu")
+        check_environment()
         if cuda:
-            rank, number = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            require(rank < number, f"this machine has {number} GPUs and torchrun asks for more "
-                    "processes: lower --nproc_per_node, or use --device cpu")
-            torch.cuda.set_device(rank)
+            torch.cuda.set_device(int(rank))
         store = connect(cuda)
     try:
         yield

@@ -132,9 +132,9 @@ def timeless(folder):
 
 def command(small_run, stage, *flags):
     """train.py's arguments for one stage that starts from the small run."""
-    before = small_run / f"stage{max(0, stage - 1)}"
-    return ["--stage", str(stage), "--init", str(before), "--teacher", str(small_run / "stage0"),
-            *SMALL, *map(str, flags)]
+    start = ["--init", str(small_run / f"stage{stage - 1}")] if stage else []
+    return ["--stage", str(stage), *start, "--teacher", str(small_run / "stage0"), *SMALL,
+            *map(str, flags)]
 
 
 def largest_difference(one, two):

@@ -31,8 +31,9 @@ def read(folder, capsys):
 def test_what_programs_leave_behind_is_no_video(tmp_path, capsys):
     make(tmp_path, "one.mp4", "._one.mp4", ".hidden.mp4", ".ipynb_checkpoints/0.jpg",
          "@eaDir/0.jpg", "@eaDir/one.mp4/0.jpg", "__MACOSX/0.png", "#recycle/a.mp4",
-         "walk/._00.png", "walk/00.png", "walk/01.png")
-    assert read(tmp_path, capsys)[0] == ["one.mp4", "walk"]
+         "walk/._00.png", "walk/00.png", "walk/01.png",
+         "#cats.mp4", "@me.mp4", "$5.mp4")
+    assert read(tmp_path, capsys)[0] == ["#cats.mp4", "$5.mp4", "@me.mp4", "one.mp4", "walk"]
 
 
 def test_first_frames_beside_videos_are_not_taken_for_one(tmp_path):

@@ -119,6 +119,7 @@ def test_training_on_draws_new_clips_and_noise(small_run, tmp_path):
     assert run(2, tmp_path / "stage2-on", tmp_path).past_steps == 5
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on(small_run, tmp_path):
     """SIGKILL in the middle of stage 3 on two processes; one process goes on. SIGTERM saves first.
     Damage falls back."""
@@ -128,6 +129,7 @@ def test_killed_run_goes_on(small_run, tmp_path):
     torchrun = "torchrun --nproc_per_node 2 --master_port 29515".split()
     run = start(tmp_path / "b", *flags, launcher=torchrun)
     wait_for_step(folder, 12)
+    # by name: torchrun gives its processes groups of their own
     subprocess.run(["pkill", "-KILL", "-f", f"out {tmp_path / 'b'}"])
     run.wait()
     assert len(runs.saved_states(folder)) == 2 and not (folder / "weights.safetensors").exists()
@@ -140,7 +142,7 @@ def test_killed_run_goes_on(small_run, tmp_path):
     time.sleep(1)
     wait_for_step(folder, before + 2)
     run.terminate()
-    assert run.wait() in (143, 0)  # 0: it was faster
+    assert run.wait() in (143, 0, -15)  # 0 or -15: its last step was over
     train.main(["--out", str(tmp_path / "b"), *flags])
     said = Path(f"{tmp_path / 'b'}.txt").read_text()
     assert f"{newest} is damaged" in said and "goes on at step" in said and "Traceback" not in said
@@ -678,8 +680,8 @@ def test_the_discriminator_is_told_which_pass_it_was(monkeypatch):
     flags = "--student-steps 2 --gan-interval --ode-anchor 0 --probe-every 0 --student-start 0"
     run, left, judged = plan.Rehearsal(small_config(3, *flags.split())), [], []
     rollout, level = train.rollout, train.disc_level
-    monkeypatch.setattr(train, "rollout",
-                        lambda *args, **more: left.append(args[6]) or rollout(*args, **more))
+    monkeypatch.setattr(train, "rollout", lambda *args, **more:
+                        left.extend(more["exit_step"]) or rollout(*args, **more))
     monkeypatch.setattr(train, "disc_level",
                         lambda cfg, draws, x, exit_step: judged.append(exit_step)
                         or level(cfg, draws, x, exit_step))

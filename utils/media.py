@@ -19,6 +19,7 @@ from utils.video import iter_video, over_white
 
 VIDEO_ENDINGS = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi")
 OTHER_VIDEOS = (".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".ogv", ".3gp")
+LEFT_BEHIND = ("@eaDir", "@Recycle", "@tmp", "#recycle", "#snapshot", "$RECYCLE.BIN", "__MACOSX")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 FFMPEG = {  # file ending -> how ffmpeg writes it
     ".mp4": dict(codec="libx264", quality=8,
@@ -43,7 +44,7 @@ def parse_size(text):
 
 def hidden(path):
     """Whether a name is one that programs leave behind: .ipynb_checkpoints, ._a.mp4, @eaDir."""
-    return path.name.startswith((".", "@", "#", "$", "__MACOSX"))
+    return path.name.startswith(".") or path.name in LEFT_BEHIND
 
 
 def image_files(folder):
