@@ -92,7 +92,7 @@ class TrainConfig(Config):
     trajectories: int = 2048        # teacher trajectories to regress on
     ode_steps: int = 8              # Euler steps of a trajectory
     ode_points: int = 4             # states of a trajectory that are kept
-    ode_point_weights: tuple = (0.4, 0.1, 0.1, 0.1, 0.3)  # frequency of each, noise to clean
+    ode_point_weights: tuple = (0.4, 0.1, 0.1, 0.1, 0.3)  # how often each; last: clean, as context
     ode_target: str = "end"         # end of the trajectory, or consistency with its next state
     guidance: float = 1.0           # classifier-free guidance of the teacher; 1: none
     # stages 2 and 3: the student's own rollouts
@@ -122,7 +122,7 @@ class TrainConfig(Config):
     disc_granularity: str = "clip"  # one logit per clip, chunk or frame
     disc_layers: tuple = (0, 1, 2, 3)  # blocks that the heads read
     disc_queries: int = 2           # queries per head
-    disc_backbone: str = "own"      # own; shared with the fake score; frozen: reads its features
+    disc_backbone: str = "own"      # own; shared with the fake score; detached: reads its features
     disc_weight: float = 1.0        # weight of its loss beside that of a shared fake score
     gan_real: str = "data"          # held for real: data, teacher's clips, or more passes (ASD)
     gan_loss: str = "logistic"      # logistic, or relativistic in pairs of the same condition
@@ -252,14 +252,14 @@ def judged(cfg, exit_step):
 
 def fake_score(run, x_t, t, text):
     """The flow of the fake score, which may be a discriminator's backbone."""
-    if has_heads(run.cfg, "fake"):
-        return run.nets["fake"](x_t, t, text, with_flow=True)[1]
-    return run.nets["fake"](x_t, t, text)
+    net = run.nets["fake"]
+    shared = has_heads(run.cfg, "fake")
+    return net(x_t, t, text, with_flow=True)[1] if shared else net(x_t, t, text)
 
 
 def dmd_term(run, x, batch, draws, exit_step):
-    """Gradient of the DMD loss by the student's clip x (paper eq. 6): the update moves x against
-    it, towards what the teacher prefers."""
+    """Gradient of the DMD loss with respect to the student's clip x (paper eq. 6): the update
+    moves x against it, towards what the teacher prefers."""
     cfg, k = run.cfg, run.cfg.first
     t = L.make_timesteps(L.score_levels(draws.stratified_uniform(), cfg.score_shift), x, k)
     x_t = L.add_noise(x, draws.randn(*x.shape[1:]), t)
@@ -292,10 +292,10 @@ def disc_level(cfg, draws, x, exit_step):
 
 def discriminate(run, x_t, text, t, exit_step, detach=None):
     """(logits, flow or None) of clips noised to t; `x_t` may carry a gradient. detach: none goes
-    through the backbone; by default so for heads on a frozen one."""
+    through the backbone; by default so for --disc-backbone detached."""
     cfg, flow = run.cfg, None
     if detach is None:
-        detach = cfg.disc_backbone == "frozen"
+        detach = cfg.disc_backbone == "detached"
     with run.autocast():
         if has_heads(cfg, "fake"):
             logits, flow = run.nets["fake"](x_t, t, text, with_flow=True, detach=detach)
@@ -307,8 +307,8 @@ def discriminate(run, x_t, text, t, exit_step, detach=None):
 
 
 def gan_term(run, x, batch, draws, exit_step):
-    """Gradient of the student's adversarial loss by its clip x (paper eq. 9): the update moves x
-    against it, towards a higher logit."""
+    """Gradient of the student's adversarial loss with respect to its clip x (paper eq. 9): the
+    update moves x against it, towards a higher logit."""
     cfg, k = run.cfg, run.cfg.first
     clip = x[:, k:].clone().requires_grad_()
     t, eps = disc_level(cfg, draws, x, exit_step), draws.randn(*x.shape[1:])
@@ -365,7 +365,8 @@ def disc_step(run, clips, update, exit_step):
         loss = L.GAN_LOSSES[cfg.gan_loss][0](real, fake)
         if regularise:
             for (x_t, text), logits in zip(pair, (real, fake)):
-                delta = cfg.r1r2_sigma * draws.randn(*x.shape[1:]) * L.expand_t(t > 0)  # no image
+                delta = cfg.r1r2_sigma * draws.randn(*x.shape[1:])
+                delta[:, :cfg.first] = 0  # the image stays as it is
                 penalty = L.approx_r1_r2(lambda x: discriminate(run, x, text, t, exit_step)[0],
                                          x_t, logits, delta)
                 loss = loss + cfg.r1r2_weight * penalty
@@ -382,7 +383,7 @@ def disc_step(run, clips, update, exit_step):
 
 def student_backward(run, x, batch, exit_step):
     """Backpropagate all terms through the rollout that made x; returns their numbers. A term gives
-    the gradient of its loss by the clip. x.backward() carries their weighted sum to the student."""
+    its gradient with respect to the clip; x.backward() carries the weighted sum to the student."""
     cfg, numbers, grads = run.cfg, {}, {}
     weights = {"dmd": cfg.dmd_weight, "gan": cfg.gan_weight * judged(cfg, exit_step)}
     for name, term in TERMS.items():
@@ -408,7 +409,7 @@ def distil_step(run):
     moving = run.step >= cfg.student_start
     exit_draws = run.draws([0], "exit")
     exits = [int(exit_draws.choice([1.0] * passes, 1)) for passes in cfg.student_steps]
-    exit_step = exits[0]  # the terms that read it know one number of passes alone
+    exit_step = exits[0]  # of the first chunk; what reads it has one number for all, see settings
     judge = cfg.gan_weight > 0 and judged(cfg, exit_step)
     for batch in run.batches("roll"):
         if cfg.self_rollout:
@@ -422,7 +423,7 @@ def distil_step(run):
         clips.append((batch, x.detach()))
     if moving:
         log["grad"] = run.update("student")
-    together = has_heads(cfg, "fake") and judge  # the discriminator's update trains the fake score
+    together = has_heads(cfg, "fake") and judge  # one update trains both
     for update in range(cfg.fake_updates if cfg.dmd_weight and not together else 0):
         log |= fake_score_step(run, clips, update, exit_step)
     for update in range(cfg.disc_updates if judge else 0):
@@ -444,7 +445,7 @@ def networks(cfg):
     heads, parts = ("heads.", "norm.", "out."), ("patch_", "text_", "time_", "blocks.")
     if cfg.stage > 1 and cfg.dmd_weight:
         nets["fake"] = ("fake", [("", cfg.fake_lr)])
-        if has_heads(cfg, "fake") and cfg.disc_backbone == "frozen":
+        if has_heads(cfg, "fake") and cfg.disc_backbone == "detached":
             nets["fake"] = ("fake", [("backbone.", cfg.fake_lr), (heads, cfg.disc_lr)])
     if cfg.stage > 1 and cfg.gan_weight and cfg.disc_backbone == "own":
         groups = [(heads, cfg.disc_lr)]

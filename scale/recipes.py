@@ -33,8 +33,8 @@ WAN_RECIPES = {"wan-1.3b": with_layers((14, 21, 29)), "wan-14b": with_layers((19
 _STEPS4 = dict(student_steps=(4,), ode_anchor=0.0, cache_grad=False)
 _SHARED = dict(gan_weight=0.03, disc_weight=0.03, disc_backbone="shared", gan_real="teacher",
                r1r2_weight=1.0, r1r2_sigma=0.1, ode_anchor=0.0, cache_grad=False)
-_SELF = dict(_STEPS4, gan_weight=1.0, gan_ratio=0.5, gan_loss="relativistic", gan_real="more",
-             disc_backbone="frozen")
+_ASD = dict(_STEPS4, gan_weight=1.0, gan_ratio=0.5, gan_loss="relativistic", gan_real="more",
+             disc_backbone="detached")
 _DIAGONAL = dict(context_level=0.1, dmd_diff_weight=1.0, ode_anchor=0.0, cache_grad=False)
 _CAUSAL = dict(teacher_forcing=True)
 _TOY_FAMILY = {
@@ -42,7 +42,7 @@ _TOY_FAMILY = {
     "self-forcing": {2: _STEPS4},
     "causvid": {2: dict(_STEPS4, self_rollout=False)},
     "one-forcing": {2: _SHARED},
-    "asd": {2: _SELF},
+    "asd": {2: _ASD},
     "diagonal": {2: dict(_DIAGONAL, student_steps=(4, 3, 2))},  # a clip of the toy has 3 chunks
     "causal-teacher": {
         0: dict(_CAUSAL, init="{teacher}", iters=800, muon_lr=0.01),

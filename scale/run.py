@@ -59,10 +59,19 @@ class Run:
         if cfg.stage == 0 and not self.data.latent:  # later stages take over this codec
             clips = self.data.batch(range(max(1, 512 * 32 ** 2 // cfg.size ** 2)))["video"]
             self.codec = PatchCodec.fit(clips, cfg.codec_patch, cfg.in_dim)
-        self.trajectories = next(filter(None, map(clips_in, trajectory_dirs(cfg))), [])
+        self.trajectories = self.find_trajectories()
         check_whole(self.trajectories)
         self.check_trajectories()
         torch.manual_seed(cfg.seed)
+
+    def find_trajectories(self):
+        """The teacher's trajectories. After stage 1 a causal teacher's are passed over: each of
+        their chunks continues a real past, so together they are no clip."""
+        for folder in trajectory_dirs(self.cfg):
+            files = clips_in(folder)
+            if files and (self.cfg.stage < 2 or "context" not in read_tensors(files[0])):
+                return files
+        return []
 
     def check_trajectories(self):
         """Stages 2 and 3 have the trajectories that their terms ask for; UsageError if not."""
@@ -74,10 +83,6 @@ class Run:
                                       (real, "--gan-real teacher", "--gan-real data")):
             require(not wanted or self.trajectories, f"{name} needs the teacher's trajectories, "
                     f"and {last} has none: train stage 1, or use {without}")
-        causal = self.trajectories and "context" in read_tensors(self.trajectories[0])
-        require(not cfg.ode_anchor or not causal, f"--ode-anchor needs trajectories from noise to "
-                f"clip, and those of a causal teacher in {self.trajectories[:1]} start each chunk "
-                "on a real past: use --ode-anchor 0")
 
     # ---- networks
 

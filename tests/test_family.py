@@ -11,6 +11,7 @@ import train
 from discriminator import Discriminator
 from experiments import plan
 from scale.recipes import FAMILY, stages_of
+from scale.run import Run
 from tests.common import (SMALL, command, inputs, largest_difference, logs, network, relative,
                           several_processes, small_config, timeless, tiny, weights)
 from utils.errors import UsageError
@@ -39,7 +40,7 @@ def frozen_updates(monkeypatch, run):
 def test_a_recipe_is_its_flags():
     """--recipe sets what can be set flag by flag."""
     flags = ("--student-steps 4 --ode-anchor 0 --no-cache-grad --gan-weight 1 --gan-ratio 0.5 "
-             "--gan-loss relativistic --gan-real more --disc-backbone frozen --tag asd")
+             "--gan-loss relativistic --gan-real more --disc-backbone detached --tag asd")
     by_hand, by_name = (train.make_config(train.parse(words.split()), 2)
                         for words in (flags, "--recipe asd"))
     by_hand.recipe = "asd"
@@ -234,7 +235,7 @@ def test_outputs_of_a_discriminator_are_independent():
     assert disc.out.weight.grad[[0, 2]].abs().sum() == 0
 
 
-def test_heads_on_a_frozen_backbone(monkeypatch):
+def test_heads_on_a_detached_backbone(monkeypatch):
     """The logit moves the heads alone, the flow the backbone alone, and the student's term passes
     through the features to the clip."""
     run = at_work(2, "--recipe", "asd", "--disc-weight", 1)
@@ -425,12 +426,29 @@ def test_a_causal_teacher_is_used_where_it_belongs(causal, tmp_path):
     for stage, flags, sentence in (
             (1, ["--teacher", teacher], "is a causal teacher: add --teacher-forcing"),
             (1, ["--teacher-forcing", "--teacher", str(causal / "stage0")], "leave it out"),
-            (2, ["--teacher", teacher, "--init", str(causal / "stage1")], "is a causal teacher"),
-            (2, ["--ode-anchor", "0.1", "--teacher", str(causal / "stage0"), "--init",
-                 str(causal / "stage1-causal-teacher")], "use --ode-anchor 0")):
+            (2, ["--teacher", teacher, "--init", str(causal / "stage1")], "is a causal teacher")):
         with pytest.raises(UsageError, match=sentence):
             train.train(train.make_config(train.parse(
                 ["--out", str(tmp_path), "--iters", "2", *flags, *SMALL]), stage))
+
+
+def test_later_stages_pass_over_a_causal_teachers_trajectories(causal):
+    """Its chunks continue real pasts: the anchor and --gan-real teacher take stage 1's instead."""
+    flags = ["--out", str(causal), "--init", str(causal / "stage1-causal-teacher"), *SMALL]
+    run = Run(train.make_config(train.parse(flags), 2), train.new_network)
+    assert run.trajectories[0].parent.parent.name == "stage1"
+
+
+def test_no_noise_leaves_the_penalties(monkeypatch):
+    """--gan-t-max 0: the discriminator sees clean clips, and R1 and R2 still perturb them, but for
+    the image."""
+    run = at_work(3, "--gan-t-max", 0)
+    batch, shown, old = next(run.batches("roll")), [], run.nets["disc"].forward
+    run.nets["disc"].forward = lambda x, t, text: shown.append(x.detach()) or old(x, t, text)
+    train.disc_step(run, [(batch, batch.x0)], 0, 0)
+    real, _, perturbed, _ = shown
+    assert torch.equal(real, batch.x0) and torch.equal(perturbed[:, 0], real[:, 0])
+    assert (perturbed - real)[:, 1:].std().item() == pytest.approx(0.1, rel=0.05)
 
 
 @pytest.mark.parametrize("recipe", ["one-forcing", "asd"])

@@ -275,7 +275,7 @@ def validate(cfg):
     check_choice("dtype", cfg.dtype, ("bfloat16", "float32"))
     check_choice("gan_loss", cfg.gan_loss, tuple(GAN_LOSSES))
     check_choice("disc_granularity", cfg.disc_granularity, ("clip", "chunk", "frame"))
-    check_choice("disc_backbone", cfg.disc_backbone, ("own", "shared", "frozen"))
+    check_choice("disc_backbone", cfg.disc_backbone, ("own", "shared", "detached"))
     check_choice("gan_real", cfg.gan_real, ("data", "teacher", "more"))
     check_choice("ode_target", cfg.ode_target, ("end", "consistency"))
     require(Path(cfg.tag).name == cfg.tag, f"--tag {cfg.tag} becomes part of a folder's name: use "
