@@ -12,9 +12,10 @@ from discriminator import Discriminator
 from experiments import plan
 from scale.recipes import FAMILY, stages_of
 from scale.run import Run
-from tests.common import (SMALL, command, inputs, largest_difference, logs, network, relative,
-                          several_processes, small_config, timeless, tiny, weights)
+from tests.common import (HERE, SMALL, command, inputs, largest_difference, logs, network,
+                          relative, several_processes, small_config, timeless, tiny, weights)
 from utils.errors import UsageError
+from utils.settings import as_words, flag
 
 RELATIVES = [name for name in FAMILY["toy"] if name != "aad-1"]
 
@@ -486,3 +487,18 @@ def test_relatives_on_two_processes_are_one(small_run, tmp_path, recipe):
         if "d_real" in a:  # a paired loss leaves the level of both logits to rounding
             gaps = (row["d_real"] - row["d_fake"] for row in (a, b))
             assert next(gaps) == pytest.approx(next(gaps), abs=1e-5)
+
+
+def test_the_page_lists_all_that_a_recipe_sets():
+    """docs/family.md names every flag of every recipe, with its value."""
+    page = (HERE / "docs" / "family.md").read_text()
+    for name in RELATIVES:
+        row, = (line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        for settings in FAMILY["toy"][name].values():
+            for key, value in settings.items():
+                if key in ("init", "teacher", "iters", "muon_lr", "trajectories"):
+                    continue  # where it starts and how long it takes
+                words = flag(key) if value is True else f"{flag(key)} {as_words(value)}"
+                if value is False:
+                    words = flag(key).replace("--", "--no-", 1)
+                assert words in row, f"{name}: {words}"
