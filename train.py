@@ -290,12 +290,11 @@ def disc_level(cfg, draws, x, exit_step):
     return L.make_timesteps(u, x, cfg.first)
 
 
-def discriminate(run, x_t, text, t, exit_step, detach=None):
-    """(logits, flow or None) of clips noised to t; `x_t` may carry a gradient. detach: none goes
-    through the backbone; by default so for --disc-backbone detached."""
+def discriminate(run, x_t, text, t, exit_step, detach=True):
+    """(logits, flow or None) of clips noised to t; `x_t` may carry a gradient. detach: with
+    --disc-backbone detached no gradient goes through the backbone."""
     cfg, flow = run.cfg, None
-    if detach is None:
-        detach = cfg.disc_backbone == "detached"
+    detach = detach and cfg.disc_backbone == "detached"
     with run.autocast():
         if has_heads(cfg, "fake"):
             logits, flow = run.nets["fake"](x_t, t, text, with_flow=True, detach=detach)
