@@ -360,8 +360,9 @@ def test_a_logit_sees_what_it_should(causal, granularity, shape):
 
 def test_dmd_points_from_the_fake_score_to_the_teacher():
     """With a fake score that answers x, it is x - what the teacher answers, guided: here `target`
-    with the caption and `away` without."""
+    with the caption and `away` with the negative prompt."""
     run = rehearsal(2, "--guidance", 2)
+    run.negative = torch.ones(6, 32)
     batch = next(run.batches("roll"))
     x, (target, away) = batch.x0, torch.randn(2, *batch.x0.shape)
     answers = {"teacher": flow_to(torch.cat([target, away])), "fake": flow_to(x)}
@@ -373,6 +374,7 @@ def test_dmd_points_from_the_fake_score_to_the_teacher():
     for call, in shown:
         assert (call.t[:, 0] == 0).all() and torch.equal(call.x[:len(x), 0], x[:, 0])
         assert (call.t[:, 1:] == call.t[:, 1:2]).all() and call.t[:, 1:].min() >= 0.02
+        assert torch.equal(call.text[:len(x)], batch.text) and (call.text[len(x):] == 1).all()
 
 
 @pytest.mark.parametrize("loss", L.GAN_LOSSES)
@@ -411,16 +413,18 @@ def test_weights_of_the_terms_are_applied_once(monkeypatch):
 
 def test_what_the_discriminator_is_shown():
     """One level for all four calls, the image clean at t = 0; then real, generated, and each once
-    more with noise of the set size, which leaves the image alone."""
+    more with noise of the set size, which leaves the image alone. Each has its own caption."""
     run = rehearsal(3, "--r1r2-sigma", 0.1, "--backbone-lr", 1e-4)
     batch = next(run.batches("roll"))
+    batch.real = batch.x0, torch.randn_like(batch.text)
     generated = batch.x0 + 1
     generated[:, 0] = batch.x0[:, 0]
     calls = recorded(run.nets["disc"])
     train.disc_step(run, [(batch, generated)], 0, 0)
     real, fake, real_d, fake_d = (call.x for call in calls)
     t = calls[0].t
-    assert all(torch.equal(t, call.t) for call in calls)
+    for call, text in zip(calls, 2 * [batch.real[1], batch.text]):
+        assert torch.equal(t, call.t) and torch.equal(text, call.text)
     assert (t[:, 0] == 0).all() and (t[:, 1:] == t[:, 1:2]).all()
     assert torch.equal(real[:, 0], batch.x0[:, 0])
     # same noise for both: they differ by the clean clips' difference, scaled by 1 - t
@@ -489,22 +493,23 @@ def test_trajectories_keep_the_states_that_the_student_will_meet():
 
 
 def test_ema_and_rates():
-    """ema = d * ema + (1 - d) * student; the rate is half-way in mid warm-up, at its peak after,
-    and falls over the last part of the student's own steps."""
+    """ema = d * ema + (1 - d) * student, d small when the student starts; the rate is half-way in
+    mid warm-up, at its peak after, and falls over the last part of the student's own steps."""
     run = rehearsal(2, "--iters", 120, "--student-start", 20, "--lr-warmup", 10, "--lr-decay", 0.5,
                     "--ema", 0.9)
     average, student = (next(run.nets[name].parameters()) for name in ("ema", "student"))
-    run.step = 100
-    before = average.detach().clone()
-    run.update_ema()
-    assert torch.allclose(average, 0.9 * before + 0.1 * student, atol=1e-6)
+    for run.step, decay in ((20, 0.1), (100, 0.9)):
+        before = average.detach().clone()
+        run.update_ema()
+        assert torch.allclose(average, decay * before + (1 - decay) * student, atol=1e-6)
     factors = [run.lr_factor("student") for run.step in (24, 40, 95, 119)]
     assert factors == pytest.approx([0.5, 1.0, 0.5, 0.02])
     assert run.lr_factor("fake") == 1.0
 
 
 def test_the_anchor_vanishes_at_the_trajectorys_end():
-    """A student that says `offset` too much everywhere has the gradient 2 * weight * offset."""
+    """A student that says `offset` too much everywhere has the gradient 2 * weight * offset. It is
+    shown the noise and the caption of the trajectory."""
     run = rehearsal(2, "--ode-anchor", 0.3)
     path, text = torch.randn(4, 5, 7, 8, 8, 8), torch.randn(4, 6, 32)
     run.trajectory = lambda draws: (path, text)
@@ -517,12 +522,16 @@ def test_the_anchor_vanishes_at_the_trajectorys_end():
         return torch.where(L.expand_t(t) > 0, (x - target) / L.expand_t(t).clamp_min(1e-6), 0 * x)
 
     run.nets["student"].register_forward_hook(the_end, with_kwargs=True)
+    calls = recorded(run.nets["student"])
     for value in (0.0, 0.5):
         offset.data.fill_(value)
         offset.grad = None
         log = train.anchor_step(run, next(run.batches("roll")))
         assert log["anchor"].item() == pytest.approx(value ** 2, abs=1e-6)
         assert offset.grad.item() == pytest.approx(0.3 * 2 * value, abs=1e-4)
+    noise = torch.cat([call.x for call in calls if call.t[0, 0] == 1], 1)
+    assert torch.equal(noise, path[:, 0, 1:].repeat(1, 2, 1, 1, 1))
+    assert all(torch.equal(call.text, text) for call in calls)
 
 
 def test_the_student_waits_for_its_first_step_and_takes_the_anchor_along(monkeypatch):

@@ -141,7 +141,7 @@ def part_of_the_readme(line):
 @pytest.mark.parametrize("part, least, leaves", [
     ("toy", 11, ("out/toy/stage3/samples.gif", "sample.gif", "out/mine/stage3/samples.gif")),
     ("wan", 5, ("out/wan/stage3/ema.safetensors", "out/wan-texts/stage1/ema.safetensors")),
-    ("measuring", 5, ())])
+    pytest.param("measuring", 5, (), marks=pytest.mark.slow)])
 def test_readme_commands_run(part, least, leaves, quick_scores, tmp_path, monkeypatch, capfd):
     """All of them, in the README's order, with flags appended that make them short."""
     for name in ("*.py", "experiments", "assets", "goldens", "README.md", "pyproject.toml", "docs",

@@ -47,6 +47,7 @@ def test_planned_activations_are_those_of_a_run(stage, more):
     assert planned == pytest.approx(peak, rel=0.02) and flops > 0 and tokens == 7 * 16
 
 
+@pytest.mark.slow
 def test_deep_networks_are_rehearsed_at_two_depths(monkeypatch):
     cfg = replace(small_config(2, "--activation-checkpointing", "--num-layers", "6"),
                   student_start=0)

@@ -12,8 +12,9 @@ from discriminator import Discriminator
 from experiments import plan
 from scale.recipes import FAMILY, stages_of
 from scale.run import Run
-from tests.common import (HERE, SMALL, command, inputs, largest_difference, logs, network,
-                          relative, several_processes, small_config, timeless, tiny, weights)
+from tests.common import (HERE, SMALL, Known, command, flow_to, inputs, largest_difference, logs,
+                          network, recorded, relative, several_processes, small_config, timeless,
+                          tiny, weights)
 from utils.errors import UsageError
 from utils.settings import as_words, flag
 
@@ -223,6 +224,22 @@ def test_swapping_the_pair_turns_the_gradient():
     assert torch.equal(one, -other)
 
 
+def test_the_ratio_of_the_terms_holds_clip_by_clip(monkeypatch):
+    """--gan-ratio 0.5: the adversarial part of a clip's gradient is half as long as DMD's of the
+    same clip, however different the clips, and keeps its direction."""
+    run = at_work(2, "--gan-weight", 1, "--gan-ratio", 0.5, "--ode-anchor", 0)
+    batch = next(run.batches("roll"))
+    x, size = batch.x0.clone().requires_grad_(), torch.tensor([1.0, 10, 100, 1000])
+    dmd, gan = torch.randn(2, *x[:, 1:].shape)
+    dmd, gan = dmd * size.view(4, 1, 1, 1, 1), gan / size.view(4, 1, 1, 1, 1)
+    for name, grad in (("dmd", dmd), ("gan", gan)):
+        monkeypatch.setitem(train.TERMS, name, lambda *_, grad=grad: (grad.clone(), {}))
+    train.student_backward(run, x, batch, 0)
+    part, dmd, gan = ((x.grad[:, 1:] - dmd).flatten(1), dmd.flatten(1), gan.flatten(1))
+    assert torch.allclose(part.norm(dim=1) / dmd.norm(dim=1), torch.tensor(0.5), rtol=1e-4)
+    assert (F.cosine_similarity(part, gan) > 0.9999).all()
+
+
 def test_outputs_of_a_discriminator_are_independent():
     """The loss of output n sends exactly no gradient to the others."""
     cfg = tiny()
@@ -378,6 +395,20 @@ def test_consistency_at_the_last_state_is_the_regression():
             losses.append(train.ode_step(run)["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[2] != pytest.approx(losses[3], rel=1e-2)
+
+
+def test_consistency_follows_the_running_average():
+    """The target is the EMA's answer to the next state at the next state's level: here 4, where the
+    student says 1."""
+    run = at_work(1, "--ode-target", "consistency", "--ode-point-weights", *"1 0 0 0 0".split())
+    states = torch.arange(5.0).view(1, 5, 1, 1, 1, 1).expand(4, 5, 7, 8, 8, 8)  # state k is k
+    run.trajectory = lambda draws: (states, torch.zeros(4, 6, 32))
+    run.nets = {"student": Known(run.cfg, flow_to(1.0)), "ema": Known(run.cfg, flow_to(4.0))}
+    run.update, calls = lambda name: 0.0, recorded(run.nets["ema"])
+    loss = train.ode_step(run)["loss"]
+    assert loss == pytest.approx((4 - 1) ** 2 * 6 / 7, rel=1e-5)  # the image counts as zero
+    (call,), next_level = calls, L.schedule(4, run.cfg.shift)[1]
+    assert (call.x[:, 1:] == 1).all() and torch.allclose(call.t[:, 1:], torch.tensor(next_level))
 
 
 def test_eulers_method_inside_a_chunk():

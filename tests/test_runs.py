@@ -23,9 +23,10 @@ import sample
 import train
 from experiments import evaluate, plan
 from scale import parallel, state
+from scale.clips import make_trajectories
 from scale.run import Run, prepare
-from tests.common import (HERE, SMALL, colour_clip, command, largest_difference, logs,
-                          several_processes, small_config, timeless, weights)
+from tests.common import (HERE, SMALL, Known, colour_clip, command, flow_to, largest_difference,
+                          logs, rehearsal, several_processes, small_config, timeless, weights)
 from utils import files, media, runs
 from utils.errors import UsageError, catch_signals, check_device, friendly_errors
 
@@ -97,6 +98,36 @@ def wait_for_step(folder, step, seconds=60):
     while time.time() < deadline and not (
             log.is_file() and len(log.read_text().splitlines()) >= step):
         time.sleep(0.02)
+
+
+def test_every_clip_of_a_stage_is_a_new_one():
+    """Over micro-batches, steps, processes, and a stage that is trained on."""
+    run, seen = rehearsal(2, "--micro-batch", 3), []
+    run.clips_per_rank, run.world = 2, 2
+    for run.past_steps in (0, 2):
+        for run.step in range(2):
+            for run.rank in range(2):
+                seen += [clip for batch in run.batches("roll") for clip in batch.clip_ids]
+    assert seen == list(range(seen[0], seen[0] + 4 * 4))  # 4 steps of 4 clips
+
+
+def test_trajectories_are_guided_and_have_their_own_captions(tmp_path):
+    """A teacher whose clip has the mean of its caption, guided by 2: a trajectory goes from noise
+    to twice the mean of the caption in its file, and keeps its image."""
+    run = rehearsal(1, "--guidance", 2, "--micro-batch", 3)
+    run.dir, run.data = tmp_path, SimpleNamespace(latent=False)
+
+    def answer(x, t, text):
+        return flow_to(L.expand_t(text.mean((1, 2))[:, None]))(x, t, text)
+
+    run.nets["teacher"] = Known(run.cfg, answer)
+    make_trajectories(run)
+    assert len(run.trajectories) == 4
+    for file in run.trajectories:
+        states, text = (load_file(file)[name] for name in ("states", "text"))
+        assert states[0, 1:].std().item() == pytest.approx(1, abs=0.05)
+        assert torch.allclose(states[-1, 1:], 2 * text.mean(), atol=1e-5)
+        assert (states[:, 0] == states[-1, 0]).all()
 
 
 def test_training_on_draws_new_clips_and_noise(small_run, tmp_path):
@@ -207,7 +238,8 @@ def test_full_disk_keeps_the_old_state(small_run, tmp_path):
 
 
 @pytest.mark.parametrize("stage, more", [
-    (0, "--muon-lr 0.02"), (3, "--activation-checkpointing"), (3, "--context-parallel 2")])
+    (0, "--muon-lr 0.02"), (3, "--context-parallel 2"),
+    pytest.param(3, "--activation-checkpointing", marks=pytest.mark.slow)])
 def test_several_processes_in_half_precision(small_run, tmp_path, stage, more):
     """Gathered in bfloat16, under autocast, with Muon and a paired loss: the same losses up to that
     precision."""
