@@ -218,7 +218,7 @@ def static_bytes(cfg, gpus):
     bytes_of = dict.fromkeys(
         ("weights", "gradients", "optimizer", "average", "frozen", "gathered", "host"), 0
     )
-    half, blocks, rest = cfg.dtype == "bfloat16", 0, 0
+    half, blocks, rest, gradients = cfg.dtype == "bfloat16", 0, 0, {}
     for name, (_, groups) in train.networks(cfg).items():
         with torch.device("meta"):
             module = train.new_network(network_config(cfg, name), name)
@@ -234,7 +234,7 @@ def static_bytes(cfg, gpus):
             elif key.startswith(prefixes):
                 muon = name == "student" and cfg.muon_lr and "blocks." in key and p.ndim == 2
                 bytes_of["weights"] += 4 * n
-                bytes_of["gradients"] += 4 * n
+                gradients[name] = gradients.get(name, 0) + 4 * n
                 bytes_of["optimizer"] += (4 if muon else 8) * n
             else:
                 bytes_of["frozen"] += 4 * n
@@ -251,6 +251,8 @@ def static_bytes(cfg, gpus):
             outside = sum(p.numel() for p in module.parameters()) - sum(sizes)
             bytes_of["host"] += bytes_of[key]
             bytes_of[key] = each * (sizes[0] + outside) if gpus == 1 else 0
+    # networks are updated one after the other, and an update lets go of its gradients
+    bytes_of["gradients"] = max(gradients.values())
     # whole while it runs: a block, the next one on its way, their gradients; whole all the time:
     # what is in no block
     return {**bytes_of, "gathered": blocks + rest}
