@@ -462,7 +462,7 @@ def test_stage_1_shows_every_chunk_at_its_own_level_and_what_the_cache_keeps():
     (call,), times = calls, torch.tensor([*L.schedule(4, cfg.shift), 0.0])
     assert (call.x == call.x[..., :1, :1, :1]).all() and (call.x[:, 0] == 4).all()
     assert torch.equal(call.t, times[call.x[..., 0, 0, 0].long()])
-    assert len(call.t[:, 1:].unique()) > 1
+    assert (call.t[:, 1:] != call.t[:, 1:2]).any(1).all()  # within every clip
     for start, end in M.chunk_bounds(13, 1, 3):
         assert (call.t[:, start:end] == call.t[:, start:start + 1]).all()
         visible = [*cache.kept, *range(start, end)]

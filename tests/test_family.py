@@ -217,6 +217,9 @@ def test_swapping_the_pair_turns_the_gradient():
     batch.real = (x + 1, batch.text)
     towards, _ = train.gan_term(run, x, batch, batch.draws, 1)
     assert (towards < 0).all() and column[0] is False  # gradients pass through the features
+    for passes in range(3):  # an output for each
+        logits, _ = train.discriminate(run, x, batch.text, None, passes)
+        assert torch.allclose(logits, x[:, 1:].flatten(1).sum(1) * (passes + 1))
     real, fake = torch.zeros(4, requires_grad=True), torch.zeros(4, requires_grad=True)
     d_loss, g_loss = L.GAN_LOSSES["relativistic"]
     one = torch.autograd.grad(g_loss(real, fake), fake)[0]

@@ -26,7 +26,8 @@ from scale import parallel, state
 from scale.clips import make_trajectories
 from scale.run import Run, prepare
 from tests.common import (HERE, SMALL, Known, colour_clip, command, flow_to, largest_difference,
-                          logs, rehearsal, several_processes, small_config, timeless, weights)
+                          logs, recorded, rehearsal, several_processes, small_config, timeless,
+                          weights)
 from utils import files, media, runs
 from utils.errors import UsageError, catch_signals, check_device, friendly_errors
 
@@ -604,6 +605,18 @@ def test_non_finite_gradients_stop_the_run(tmp_path, capsys, monkeypatch):
     assert "stage 0, step 3: 3 non-finite gradients in a row" in capsys.readouterr().err
 
 
+def test_a_bad_gradient_is_skipped_and_forgotten():
+    """Neither the weights nor the next step's gradient have anything of it."""
+    run = rehearsal(0)
+    weight, average = (next(run.nets[name].parameters()) for name in ("student", "ema"))
+    for slope, moves in ((float("nan"), False), (1.0, True)):
+        before = weight.detach().clone(), average.detach().clone()
+        (slope * sum(p.sum() for p in run.nets["student"].parameters())).backward()
+        run.update("student")
+        for new, old in zip((weight, average), before):
+            assert new.isfinite().all() and torch.equal(new, old) != moves
+
+
 def test_stage_2_stops_when_futures_are_forgotten():
     past = [{"grad": 1.0}, {"spread": torch.nan}, {"spread": 0.8}, {"grad": 1.0}, {"spread": 0.41}]
     assert not train.reason_to_stop([], 0.5) and not train.reason_to_stop(past, 0.5)
@@ -692,6 +705,22 @@ def test_an_anchor_needs_trajectories(small_run, tmp_path, capsys):
     assert "--ode-anchor 0" in said and said.count("\n") == 1
     assert not (tmp_path / "stage2").exists()
     train.main([*flags, "--ode-anchor", "0"])
+
+
+def test_updates_of_a_step_have_noise_of_their_own():
+    """The fake score's and the discriminator's; every third update of the latter has R1 and R2,
+    counted over steps of two."""
+    flags = ("--dmd-weight", 1, "--fake-updates", 2, "--disc-updates", 2, "--r1r2-every", 3)
+    run = rehearsal(3, *flags, "--probe-every", 0, "--student-start", 8)
+    fake, disc = (recorded(run.nets[name]) for name in ("fake", "disc"))
+    numbers = []
+    for run.step in range(3):
+        fake.clear()
+        disc.clear()
+        train.distil_step(run)
+        assert not torch.equal(fake[0].x, fake[1].x) and not torch.equal(disc[0].t, disc[-1].t)
+        numbers.append(len(disc))
+    assert numbers == [4 + 2, 2 + 4, 2 + 2]
 
 
 def test_levels_of_the_pass_that_made_the_clip():
