@@ -36,7 +36,7 @@ sys.path.insert(0, str(HERE))
 import torch
 
 from data import HELD_OUT_SETS
-from sample import generate_chunks, load_stage
+from sample import generate_chunks, load_stage, per_chunk
 from utils.errors import UsageError, friendly_errors, require
 from utils.files import read_json, write_json
 from utils.settings import Parser
@@ -98,7 +98,7 @@ def relative(recipe, *passes, stage=2, after="stage1", tag="", flags="", name=""
     folder = f"stage{stage}-{tag or recipe}"
     flags, name = f"--recipe {recipe} {flags}", name or recipe
     return [Row(name, folder, flags, after),
-            *(Row(f"{name}, {' '.join(map(str, steps))} passes", folder, flags, folder, steps)
+            *(Row(f"{name}, at {' '.join(map(str, steps))}", folder, flags, folder, steps)
               for steps in passes)]
 
 
@@ -111,7 +111,7 @@ STARTS = [  # the rows of the family that others start from
 FAMILY = [
     *RECIPE, *STARTS,
     Row("stage 1, consistency", "stage1-consistency", "--recipe consistency", "stage0"),
-    PURE2, Row("stage 2 without anchor, 4 1 passes", "stage2-pure", "--ode-anchor 0",
+    PURE2, Row("stage 2 without anchor, at 4 1", "stage2-pure", "--ode-anchor 0",
                "stage2-pure", (4, 1)),
     *relative("self-forcing", (1,), (2,), *FIRST), *relative("causvid", (1,), (2,), *FIRST),
     *relative("one-forcing", (4, 1)),
@@ -278,7 +278,7 @@ def add_rates(rows, scores, args, frames=61, turns=3):
         if row.name in scores and (folder / "ema.safetensors").is_file():
             net, _, settings = load_stage(folder)
             if settings["stage"] > 0:
-                steps = list(row.steps or settings["student_steps"])
+                steps = per_chunk(row.steps or settings["student_steps"])
                 players[row.name] = net, settings, steps
                 context = settings["context_level"] >= 0
                 scores[row.name]["passes"] = [steps[-1] + context]
