@@ -65,9 +65,7 @@ class Discriminator(nn.Module):
         with_flow: (logits, the backbone's flow), for a fake score that is a discriminator too
         detach: the logits send no gradient to the backbone"""
         cfg, f = self.backbone.cfg, x_t.shape[1]
-        mask = None
-        if self.causal:
-            mask = stream_mask(cfg, f)
+        mask = stream_mask(cfg, f) if self.causal else None
         flow, features = self.backbone(x_t, t, text, mask=mask, feature_layers=self.layers)
         if detach:
             features = [tokens.detach() for tokens in features]

@@ -83,6 +83,19 @@ def context_pass(model, cache, x, text, level, randn, grad):
     cache.commit()
 
 
+def denoise(model, cache, x, text, times, randn, grad, ode):
+    """A chunk (b, chunk, c, h, w) from noise x: a pass at each time, a gradient in the last."""
+    for i, t in enumerate(times):
+        t, final = make_timesteps(t, x, 0), i == len(times) - 1
+        with torch.set_grad_enabled(grad and final):
+            flow = model(x, t, text, cache=cache)
+            x0 = x0_from_flow(x, flow, t)
+        if not final:
+            noise = x0 + flow if ode else randn(x.shape[1])
+            x = add_noise(x0, noise, make_timesteps(times[i + 1], x, 0))
+    return x0
+
+
 def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=False,
             context_level=0.0, cache_grad=False, start=None, grad_chunks=0, ode=False):
     """Generate a video chunk by chunk: yields the image `first`, then chunks (b, chunk, c, h, w).
@@ -92,10 +105,8 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
     randn          callable (number of frames) -> noise (b, number, c, h, w)
     frames         stop at this many, the image included; the last chunk is whole. None: endless
     text           (b, l, d), or a callable (first frame of a chunk) -> that chunk's text
-    steps          passes per chunk, or their times, see times_of(); a list of these: one per
-                   chunk, the last for all that follow
-    exit_step      end a chunk after this pass (0-based; Self Forcing draws it), not after its last;
-                   a list like `steps`
+    steps          passes per chunk, or their times; a list of these: one per chunk, then the last
+    exit_step      end a chunk after this pass (0-based), not after its last; a list like `steps`
     grad           the pass that ends a chunk carries a gradient; the others never do
     grad_chunks    ... in the last so many chunks alone (One-Forcing); 0: in all
     context_level  noise level of image and finished chunks in the cache (Diagonal Forcing: 0.1);
@@ -123,28 +134,19 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
             cache.commit()
         words = text_at(done)  # after the context pass, which keeps the finished chunk's own text
         times = times_of(passes[0], cfg.shift)
-        last = len(times) - 1
         if exits[0] is not None:
-            last = min(exits[0], last)
+            times = times[:exits[0] + 1]
         passes, exits = passes[1:] or passes, exits[1:] or exits  # the last serves all that follow
         x = randn(cfg.chunk) if start is None else start[:, done:done + cfg.chunk]
-        for i, t in enumerate(times[:last + 1]):
-            t = make_timesteps(t, x, 0)
-            with torch.set_grad_enabled(carries and i == last):
-                flow = model(x, t, words, cache=cache)
-                x0 = x0_from_flow(x, flow, t)
-            if i < last:
-                noise = x0 + flow if ode else randn(cfg.chunk)
-                x = add_noise(x0, noise, make_timesteps(times[i + 1], x, 0))
-        done, finished = done + cfg.chunk, x0
-        yield x0
+        finished = denoise(model, cache, x, words, times, randn, carries, ode)
+        done += cfg.chunk
+        yield finished
 
 
 @torch.no_grad()
 def generate_chunks(net, settings, first, text, randn, frames, steps=None, negative=None):
-    """A clip from the network of a stage, chunk by chunk: the teacher's whole ODE in stage 0, away
-    from the embedded `negative` prompt (l, d); the causal rollout after it. A causal teacher
-    follows its ODE inside each chunk, unguided."""
+    """A clip of a stage, chunk by chunk: the teacher's whole ODE, away from the embedded `negative`
+    prompt (l, d), or the rollout. A causal teacher follows its ODE inside each chunk, unguided."""
     if settings["stage"] == 0 and settings.get("teacher_forcing"):
         yield from rollout(net, first, text, randn, frames, steps or settings["ode_steps"],
                            ode=True)

@@ -300,8 +300,8 @@ def discriminate(run, x_t, text, t, exit_step, detach=True):
             logits, flow = run.nets["fake"](x_t, t, text, with_flow=True, detach=detach)
         else:
             logits = run.nets["disc"](x_t, t, text)
-    if cfg.gan_real == "more":  # an output for every number of passes
-        logits = logits[..., exit_step] if disc_outputs(cfg) > 1 else logits
+    if disc_outputs(cfg) > 1:  # one for every number of passes
+        logits = logits[..., exit_step]
     return logits, flow
 
 
