@@ -92,7 +92,8 @@ class TrainConfig(Config):
     trajectories: int = 2048        # teacher trajectories to regress on
     ode_steps: int = 8              # Euler steps of a trajectory
     ode_points: int = 4             # states of a trajectory that are kept
-    ode_point_weights: tuple = (0.4, 0.1, 0.1, 0.1, 0.3)  # how often each; last: clean, as context
+    ode_point_weights: tuple = (0.7, 0.1, 0.1, 0.1, 0.0)  # how often each; last: the clean end
+    ode_context: str = "clean"      # earlier chunks as a chunk sees them: clean, or noisy (paper)
     ode_target: str = "end"         # end of the trajectory, or consistency with its next state
     guidance: float = 1.0           # classifier-free guidance of the teacher; 1: none
     # stages 2 and 3: the student's own rollouts
@@ -181,18 +182,18 @@ def teacher_step(run):
 
 def ode_step(run):
     """Stage 1: from states of the teacher's trajectory, every chunk at its own level, to its clean
-    end (paper eq. 3). The student's mask is what the stream will see."""
+    end (paper eq. 3). It sees what the stream will show it: by its mask, and in a clean context."""
     cfg, log = run.cfg, {}
     times = torch.tensor([*L.schedule(cfg.ode_points, cfg.shift), 0.0], device=run.device)
     mask, chunks = stream_mask(cfg), (cfg.frames - cfg.first) // cfg.chunk
     for batch in run.batches("ode"):
-        path, text, *clean = run.trajectory(batch.draws)
+        path, text, *past = run.trajectory(batch.draws)  # no past: chunks see each other noisy
         point = batch.draws.choice(cfg.ode_point_weights, chunks)  # one point per chunk
         point = L.to_frames(point, cfg.ode_points, cfg)  # (b, f); the image is clean
 
         def flow(x, t, name="student"):
-            if cfg.teacher_forcing:
-                return L.on_clean_context(run.nets[name], clean[0], mask)(x, t, text)
+            if past:
+                return L.on_clean_context(run.nets[name], past[0], mask)(x, t, text)
             return run.nets[name](x, t, text, mask=mask)
 
         x_t, t = L.states_at(path, point), times[point]
@@ -516,10 +517,9 @@ def train(cfg):
         export(run)
         draw_samples(run)
         minutes, clips = (time.time() - run.began) / 60, cfg.eval_clips if run.codec else 0
-        words = run.result_in_words(minutes, speed)
+        say(run.result_in_words(minutes, speed))
         del run
         gc.collect()
-        say(words)
         if world()[0] == 0:
             from experiments import evaluate
             evaluate.finish_stage(cfg.stage, folder, clips, minutes)

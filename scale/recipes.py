@@ -9,7 +9,8 @@ from utils.errors import require
 _RECIPE = {
     0: dict(iters=0),
     1: dict(iters=2000, batch_size=64, lr=2e-6, betas=(0.9, 0.999), trajectories=16_000,
-            ode_steps=48, guidance=6.0),
+            ode_steps=48, guidance=6.0, ode_context="noisy",
+            ode_point_weights=(0.4, 0.1, 0.1, 0.1, 0.3)),
     2: dict(iters=100, batch_size=64, dmd_weight=1.0, lr=2e-6, betas=(0.0, 0.999),
             weight_decay=0.01, grad_clip=10.0, ema=0.99, fake_lr=4e-7, fake_betas=(0.0, 0.999),
             fake_updates=5, student_start=0, guidance=4.0, score_shift=5.0),

@@ -169,15 +169,17 @@ class Run:
         return Batch(clip_ids, x0, text, self.draws(clip_ids, purpose))
 
     def trajectory(self, draws):
-        """Teacher trajectories for a batch: states (b, points + 1, f, c, h, w), and texts; with
-        --teacher-forcing also the clips (b, f, c, h, w) whose chunks they continue."""
+        """Teacher trajectories for a batch: states (b, points + 1, f, c, h, w), and texts. In stage
+        1 with a clean context also the clips (b, f, c, h, w) that chunks see of earlier ones: the
+        trajectories' ends, or with --teacher-forcing the real clips that they continue."""
         numbers = (draws.rand(1)[:, 0] * len(self.trajectories)).long().tolist()
         rows = [read_finite(self.trajectories[n]) for n in numbers]
         text = pad_sequence([row["text"] for row in rows], batch_first=True).to(self.device)
         states = torch.stack([row["states"] for row in rows]).to(self.device)
-        if not self.cfg.teacher_forcing:
-            return states, text
-        return states, text, torch.stack([row["context"] for row in rows]).to(self.device)
+        if self.cfg.teacher_forcing:
+            return states, text, torch.stack([row["context"] for row in rows]).to(self.device)
+        clean = self.cfg.stage == 1 and self.cfg.ode_context == "clean"
+        return (states, text, states[:, -1]) if clean else (states, text)
 
     # ---- losses and updates
 

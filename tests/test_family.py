@@ -1,8 +1,10 @@
 """AAD-1's relatives: what each switch does to losses, gradients and passes (docs/family.md)."""
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import losses as L
 import model as M
@@ -368,6 +370,26 @@ def test_a_causal_teacher_sees_clean_earlier_chunks():
     seen = torch.autograd.grad(flow[:, 4:].sum(), (clean, noisy))
     frames = [(g.abs().sum((0, 2, 3, 4)) > 0).tolist() for g in seen]
     assert frames[0] == [True] * 4 + [False] * 3 and frames[1] == [False] * 4 + [True] * 3
+
+
+@pytest.mark.parametrize("context", ("clean", "noisy"))
+def test_stage_1_shows_earlier_chunks_as_they_ended(context, tmp_path):
+    """With a clean context the input is [ends | states], and no chunk sees a state of another."""
+    run = at_work(1, "--ode-context", context, "--ode-point-weights", 1, 0, 0, 0, 0)
+    states = torch.arange(5.0).view(5, 1, 1, 1, 1).expand(5, 7, 8, 8, 8).clone()  # state k is k
+    save_file({"states": states, "text": torch.zeros(6, 32)}, tmp_path / "0.safetensors")
+    run.trajectories = [tmp_path / "0.safetensors"]
+    run.trajectory = functools.partial(Run.trajectory, run)
+    calls = recorded(run.nets["student"])
+    train.ode_step(run)
+    call, = calls
+    x, t, mask = call.x[..., 0, 0, 0], call.t, call.mask
+    assert (x[:, -6:] == 0).all() and (t[:, -6:] == 1).all()  # pure noise: the states of point 0
+    if context == "noisy":
+        assert x.shape[1] == 7 and mask[4:, 1:4].all()
+    else:
+        assert (x[:, :8] == 4).all() and (t[:, :8] == 0).all()  # the ends, and the image
+        assert mask[11:, :4].all() and not mask[11:, 4:11].any() and mask[11:, 11:].all()
 
 
 def test_teacher_forcing_shows_the_real_past(monkeypatch):

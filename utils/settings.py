@@ -278,6 +278,7 @@ def validate(cfg):
     check_choice("disc_backbone", cfg.disc_backbone, ("own", "shared", "detached"))
     check_choice("gan_real", cfg.gan_real, ("data", "teacher", "more"))
     check_choice("ode_target", cfg.ode_target, ("end", "consistency"))
+    check_choice("ode_context", cfg.ode_context, ("noisy", "clean"))
     require(Path(cfg.tag).name == cfg.tag, f"--tag {cfg.tag} becomes part of a folder's name: use "
             "letters, digits and dashes")
     require(cfg.data != str(Path(cfg.out).resolve()), f"--out {cfg.out} is the folder of the "

@@ -1,0 +1,174 @@
+"""The numbers of short runs, pinned: whoever changes what training or sampling computes learns it
+here, also where no property says which number is right.
+
+    python -m tests.test_pins      after a change that is meant to move them: writes pins.json
+
+A property test says why a number is right, and comes first; this file notices the rest: an argument
+at the wrong place, a level drawn from the wrong key, a rate that never falls.
+"""
+import contextlib
+import io
+import json
+import math
+import tempfile
+from pathlib import Path
+
+from tests.common import SMALL, command, logs, small_run
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sample
+import train
+from experiments import evaluate
+
+PINS = Path(__file__).with_name("pins.json")
+PARTS = "--batch-size 4 --micro-batch 2"
+STAGES = {  # a stage with switches that no recipe of the default run sets
+    "teacher": (0, f"--guidance 2 --text-drop 0.5 --weight-decay 0.1 {PARTS}"),
+    "ode": (1, "--guidance 2 --ode-context noisy --ode-points 2 --ode-point-weights 0.5 0.2 0.3 "
+               f"--betas 0.5 0.9 --muon-lr 0 {PARTS}"),
+    "dmd": (2, f"--guidance 2 --score-shift 3 --fake-updates 2 --dmd-diff-weight 2 {PARTS}"),
+    "gan": (3, "--gan-loss relativistic --r1r2-every 2 --gan-t-max 0.5 "
+               f"--disc-granularity chunk {PARTS}"),
+    "interval": (3, "--student-steps 2 --gan-interval --ode-anchor 0 --disc-causal "
+                    "--disc-granularity frame --sink 2 --window 3"),
+    "both terms": (3, "--dmd-weight 1 --gan-weight 2 --gan-ratio 0.5 --context-level 0.2 "
+                      "--gan-real teacher --no-cache-grad"),
+}
+RECIPES = {  # the stages that a relative changes; each starts from the small run
+    "self-forcing": [2], "causvid": [2], "one-forcing": [2], "asd": [2], "diagonal": [2],
+    "causal-teacher": [0, 1], "consistency": [1], "no-context": [2, 3],
+}
+VIDEOS = {  # name: (stage of the small run, sample.py's flags)
+    "video, one pass": (3, "--frames 13 --seed 3"),
+    "video, passes": (3, "--steps 3 2 1"),
+    "video, times": (3, "--times 1.0 0.4 --shift 3"),
+    "video, absolute positions": (3, "--absolute-positions --window 3 --frames 13"),
+    "video, second caption": (3, "--prompt-at 5 red --frames 10"),
+    "video, futures": (2, "--futures 3"),
+    "video, teacher": (0, "--guidance 3 --steps 4"),
+}
+
+
+# ---------------------------------------------------------------- fingerprints
+
+def print_of(tensors):
+    """Two numbers of named tensors: their norm, and a projection that depends on every place."""
+    flat = torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+    wave = torch.cos(torch.arange(len(flat), dtype=torch.float64) * 0.7 + 0.3)
+    return [flat.norm().item(), (flat * wave).sum().item() / wave.norm().item()]
+
+
+def stage_prints(folder):
+    """Of a stage's folder: every number of its log, and of its weights the norm and projection."""
+    found = {}
+    for row in logs(folder):
+        step = row.pop("step")
+        found |= {f"step {step}: {name}": [value] for name, value in row.items()
+                  if name != "minutes"}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        found[file.stem] = print_of(load_file(file))
+    return found
+
+
+def differences(found, pinned):
+    """What moved: by more than 0.2 %, which rounding on another machine does not reach."""
+    assert found.keys() == pinned.keys()
+    return [f"{name}: {pinned[name]} -> {found[name]}" for name in found
+            if not all(math.isclose(a, b, rel_tol=2e-3, abs_tol=2e-4)
+                       for a, b in zip(found[name], pinned[name], strict=True))]
+
+
+# ---------------------------------------------------------------- what is pinned
+
+def train_stage(run, out, stage, flags):
+    """The prints of four steps of a stage that starts from the small run."""
+    train.main([*command(run, stage), "--iters", "4", "--out", str(out), *flags.split()])
+    return {f"{folder.name}, {name}": value for folder in sorted(Path(out).glob("stage*"))
+            for name, value in stage_prints(folder).items()}
+
+
+def of_the_small_run(run, out):
+    """All four stages as they are by default."""
+    return {f"stage {n}, {name}": value for n in range(4)
+            for name, value in stage_prints(run / f"stage{n}").items()}
+
+
+def of_a_stage(stage, flags):
+    """A stage with other switches, from the small run."""
+    return lambda run, out: train_stage(run, out, stage, flags)
+
+
+def of_a_recipe(name, stages):
+    """A relative's stages, from the small run and from each other."""
+    def prints(run, out):
+        for n in range(4):
+            (out / f"stage{n}").symlink_to(run / f"stage{n}")
+        for stage in stages:
+            train.main(["--recipe", name, "--stage", str(stage), "--out", str(out), *SMALL,
+                        "--iters", "4"])
+        return {f"{folder.name}, {key}": value for folder in sorted(out.glob(f"stage*-{name}"))
+                for key, value in stage_prints(folder).items()}
+
+    return prints
+
+
+def of_a_video(stage, flags):
+    """What sample.py writes, frame by frame."""
+    def prints(run, out):
+        frames = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sample, "video_writer", lambda *_: contextlib.nullcontext(frames.extend))
+            sample.main(["--weights", str(run / f"stage{stage}"), "--from-data", "--device", "cpu",
+                         "--out", str(out / "video.gif"), *flags.split()])
+        return {f"frame {n}": print_of({"": torch.as_tensor(frame)})
+                for n, frame in enumerate(frames)}
+
+    return prints
+
+
+def of_the_scores(run, out):
+    """What evaluate.py measures, on few clips."""
+    with pytest.MonkeyPatch.context() as patch:
+        paths = evaluate.future_paths
+        patch.setattr(evaluate, "IMAGES", 2)
+        patch.setattr(evaluate, "future_paths", lambda *args: paths(*args, seeds=3))
+        rows = evaluate.stage_scores(run / "stage3", 4), evaluate.real_scores(run / "stage0", 4)
+    return {f"{row['stage']}, {name}": [value] for row in rows for name, value in row.items()
+            if isinstance(value, (int, float))}
+
+
+CASES = {
+    "small run": of_the_small_run,
+    **{name: of_a_stage(*case) for name, case in STAGES.items()},
+    **{name: of_a_recipe(name, stages) for name, stages in RECIPES.items()},
+    **{name: of_a_video(*case) for name, case in VIDEOS.items()},
+    "scores": of_the_scores,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_numbers_are_those_that_were_pinned(name, small_run, tmp_path):
+    moved = differences(CASES[name](small_run, tmp_path), json.loads(PINS.read_text())[name])
+    assert not moved, (f"{len(moved)} numbers moved, first {moved[0]}: if that was meant, run "
+                       "python -m tests.test_pins and say why in the commit")
+
+
+def write():
+    """Pin the numbers of this code."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        run, pinned = Path(folder) / "run", {}
+        train.main(["--out", str(run), "--iters", "3", *SMALL])
+        for number, (name, prints) in enumerate(CASES.items()):
+            out = Path(folder) / str(number)
+            out.mkdir()
+            pinned[name] = {key: [float(f"{x:.6g}") for x in values]
+                            for key, values in prints(run, out).items()}
+    rows = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in pinned.items()]
+    PINS.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+
+
+if __name__ == "__main__":
+    write()
