@@ -49,9 +49,8 @@ class Alive(Flops):
         self.storages = weakref.WeakKeyDictionary()  # storage -> its bytes, 0 once it is left out
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default and isinstance(
-            args[0], FakeTensor
-        ):
+        read = function is torch.ops.aten._local_scalar_dense.default
+        if read and isinstance(args[0], FakeTensor):
             return 1 if not args[0].dtype.is_floating_point else 1.0
         out = super().__torch_dispatch__(function, types, args, kwargs)
         for x in tree_leaves(out):
@@ -87,12 +86,8 @@ class Rehearsal(Run):
         self.cfg, self.new_network, self.device = cfg, train.new_network, torch.device(cfg.device)
         self.nets, self.optimizers, self.bad_steps = {}, {}, {}
         self.step = self.past_steps = self.tokens = self.rank = 0
-        self.world, self.clips_per_rank, self.is_main, self.negative = (
-            1,
-            cfg.batch_size,
-            False,
-            None,
-        )
+        self.world, self.clips_per_rank = 1, cfg.batch_size
+        self.is_main, self.negative = False, None
         for name, (_, groups) in train.networks(cfg).items():
             self.add_network(name, self.build_sharded(name, bool(groups)), groups)
 
@@ -121,9 +116,8 @@ class Imagined(Rehearsal):
     """The same with networks that have shapes and no memory."""
 
     def __init__(self, cfg, gpus):
-        self.weights_in = (
-            torch.bfloat16 if cfg.dtype == "bfloat16" and gpus > 1 else torch.float32
-        )  # as FSDP's policy gathers them
+        half = cfg.dtype == "bfloat16" and gpus > 1  # as FSDP's policy gathers the weights
+        self.weights_in = torch.bfloat16 if half else torch.float32
         self.shapes, self.alive = FakeTensorMode(allow_non_fake_inputs=True), Alive()
         super().__init__(replace(cfg, device="cpu"))
 
@@ -139,13 +133,10 @@ class Imagined(Rehearsal):
 
     def add_network(self, name, module, groups=()):
         super().add_network(name, module, groups)
-        kept = [
-            x for o in self.optimizers[name] for state in o.state.values() for x in state.values()
-        ]
-        for x in (
-            *module.parameters(),
-            *kept,
-        ):  # these and the gradients are counted from shapes, below
+        kept = [x for optimizer in self.optimizers[name] for state in optimizer.state.values()
+                for x in state.values()]
+        # these and the gradients are counted from shapes, below
+        for x in (*module.parameters(), *kept):
             self.alive.storages[x.untyped_storage()] = [0]
         for p in module.parameters():
             if p.requires_grad:
@@ -167,10 +158,8 @@ def rehearse(cfg, gpus):
         REHEARSED[key] = rehearsed(cfg, gpus)
     elif key not in REHEARSED:
         taps = len(cfg.disc_layers)
-        one, two = (
-            rehearsed(replace(cfg, num_layers=n, disc_layers=tuple(range(n - taps, n))), gpus)
-            for n in DEPTHS
-        )
+        small = [replace(cfg, num_layers=n, disc_layers=tuple(range(n - taps, n))) for n in DEPTHS]
+        one, two = (rehearsed(shallow, gpus) for shallow in small)
         more = (cfg.num_layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
         REHEARSED[key] = *(round(a + more * (b - a)) for a, b in zip(one[:2], two[:2])), one[2]
     return REHEARSED[key]
@@ -178,14 +167,8 @@ def rehearse(cfg, gpus):
 
 def rehearsed(cfg, gpus):
     """rehearse() at the depth that the network has."""
-    once = replace(
-        cfg,
-        student_start=0,
-        batch_size=cfg.micro_batch or cfg.batch_size,
-        fake_updates=1,
-        disc_updates=1,
-        probe_every=0,
-    )
+    once = replace(cfg, batch_size=cfg.micro_batch or cfg.batch_size, student_start=0,
+                   fake_updates=1, disc_updates=1, probe_every=0)
     run = Imagined(once, gpus)
     with run.alive:
         train.STEPS[cfg.stage](run)
@@ -216,16 +199,13 @@ def rows_of_one(shape, gpus):
 def static_bytes(cfg, gpus):
     """{what: bytes} on one of `gpus` devices: all weights are cut into `gpus` parts, and what is
     made of them with them."""
-    bytes_of = dict.fromkeys(
-        ("weights", "gradients", "optimizer", "average", "frozen", "gathered", "host"), 0
-    )
+    bytes_of = dict.fromkeys("weights gradients optimizer average frozen gathered host".split(), 0)
     half, blocks, rest, gradients = cfg.dtype == "bfloat16", 0, 0, {}
     for name, (_, groups) in train.networks(cfg).items():
         with torch.device("meta"):
             module = train.new_network(network_config(cfg, name), name)
-        prefixes = tuple(
-            p for prefix, _ in groups for p in ((prefix,) if isinstance(prefix, str) else prefix)
-        )
+        several = [(prefix,) if isinstance(prefix, str) else prefix for prefix, _ in groups]
+        prefixes = tuple(prefix for part in several for prefix in part)
         for key, p in module.named_parameters():
             n = rows_of_one(p.shape, gpus)
             if name == "ema":
@@ -241,9 +221,8 @@ def static_bytes(cfg, gpus):
                 bytes_of["frozen"] += 4 * n
         if gpus > 1:
             block = sum(p.numel() for p in blocks_of(module)[0].parameters())
-            rest += 4 * (
-                sum(p.numel() for p in module.parameters()) - block * len(blocks_of(module))
-            )
+            whole = sum(p.numel() for p in module.parameters())
+            rest += 4 * (whole - block * len(blocks_of(module)))
             blocks = max(blocks, (2 if half else 4) * 2 * block + (2 * 4 * block if groups else 0))
         if cfg.offload and cfg.stage > 1 and not groups:  # on the device: the block that runs, and
             key = "average" if name == "ema" else "frozen"  # what is in no block
@@ -264,27 +243,17 @@ def cache_bytes(cfg, tokens):
     every block."""
     frames = min(cfg.frames, cfg.sink + cfg.window + cfg.chunk)
     each = 2 if cfg.dtype == "bfloat16" else 4
-    return (
-        2
-        * cfg.num_layers
-        * frames
-        * tokens
-        // cfg.frames
-        * cfg.dim
-        * each
-        * (cfg.micro_batch or cfg.batch_size)
-        // cfg.context_parallel
-    )
+    clips = cfg.micro_batch or cfg.batch_size
+    numbers = 2 * cfg.num_layers * frames * tokens // cfg.frames * cfg.dim
+    return numbers * each * clips // cfg.context_parallel
 
 
 def micro_batch(cfg, gpus):
     """(clips of a pass, clips of a step) on one device; UsageError where the batch does not
     divide."""
     groups = gpus // cfg.context_parallel
-    require(
-        cfg.batch_size % groups == 0,
-        f"--batch-size {cfg.batch_size} does not divide over {groups} devices or groups of them",
-    )
+    require(cfg.batch_size % groups == 0, f"--batch-size {cfg.batch_size} does not divide over "
+            f"{groups} devices or groups of them")
     share = cfg.batch_size // groups
     return min(cfg.micro_batch or share, share), share
 
@@ -298,11 +267,9 @@ def plan(cfg, gpus):
     peak, flops, tokens = rehearse(cfg, gpus)
     passes = -(-share // cfg.micro_batch)
     clip = cfg.frames * cfg.in_dim * math.prod(latent_sides(cfg))
-    held = (
-        (passes - 1) * cfg.micro_batch * 4 * (2 * clip + cfg.text_len * cfg.text_dim)
-        if cfg.stage > 1
-        else 0
-    )  # for fake score and discriminator
+    held = 0
+    if cfg.stage > 1:  # for fake score and discriminator
+        held = (passes - 1) * cfg.micro_batch * 4 * (2 * clip + cfg.text_len * cfg.text_dim)
     costs = {**static_bytes(cfg, gpus), "activations": peak // cfg.context_parallel + held}
     return {
         **costs,
@@ -317,54 +284,30 @@ def plan(cfg, gpus):
 def trajectories(cfg):
     """What stage 1 does before its first step, in words: teacher passes and bytes on the disk."""
     passes = cfg.trajectories * cfg.ode_steps * (1 if cfg.guidance == 1 else 2)
-    clip = (
-        cfg.frames * cfg.in_dim * math.prod(latent_sides(cfg)) * (cfg.ode_points + 1)
-        + cfg.text_len * cfg.text_dim
-    )
-    size = 4e-9 * cfg.trajectories * clip
-    return (
-        f"{cfg.trajectories:,} trajectories of {cfg.ode_steps} steps, {passes:,} passes of the "
-        f"teacher, {size:,.2f} GB on disk"
-    )
+    clip = cfg.frames * cfg.in_dim * math.prod(latent_sides(cfg))
+    size = 4e-9 * cfg.trajectories * (clip * (cfg.ode_points + 1) + cfg.text_len * cfg.text_dim)
+    return (f"{cfg.trajectories:,} trajectories of {cfg.ode_steps} steps, {passes:,} passes of the "
+            f"teacher, {size:,.2f} GB on disk")
 
 
 # ---------------------------------------------------------------- the command
 
-COLUMNS = (
-    "weights",
-    "gradients",
-    "optimizer",
-    "average",
-    "frozen",
-    "gathered",
-    "activations",
-    "total",
-    "cache",
-)
+COLUMNS = "weights gradients optimizer average frozen gathered activations total cache".split()
 
 
 def row(cfg, gpus):
     """One line of the table."""
     costs = plan(cfg, gpus)
-    sizes = [
-        f"{costs[name] / 1e9:.1f}" if cfg.preset != "toy" else f"{costs[name] / 1e9:.3f}"
-        for name in COLUMNS
-    ]
+    digits = 3 if cfg.preset == "toy" else 1
+    sizes = [f"{costs[name] / 1e9:.{digits}f}" for name in COLUMNS]
     clips, work = f"{costs['micro']} x {costs['passes']}", f"{costs['flops'] / 1e15:.3g}"
     return f"| {cfg.preset} | {cfg.stage} | {gpus} | {clips} | {' | '.join(sizes)} | {work} |"
 
 
 def table(rows):
     """Markdown, header included."""
-    names = [
-        "preset",
-        "stage",
-        "GPUs",
-        "clips x passes",
-        *COLUMNS[:-1],
-        "of which KV",
-        "PFLOP a step",
-    ]
+    names = ["preset", "stage", "GPUs", "clips x passes", *COLUMNS[:-1], "of which KV",
+             "PFLOP a step"]
     return "\n".join(["| " + " | ".join(names) + " |", "|" + "---|" * len(names), *rows])
 
 
@@ -373,38 +316,28 @@ def main(argv=None):
     machine has."""
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--gpus", type=int, nargs="+", default=[1], help="devices that share the weights"
-    )
-    parser.add_argument(
-        "--table",
-        action="store_true",
-        help="the rows of the README's table: 1.3B on 1 and 8 devices, 14B on 8 and 64",
-    )
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1],
+                        help="devices that share the weights")
+    parser.add_argument("--table", action="store_true",
+                        help="the rows of docs/wan.md: 1.3B on 1 and 8 devices, 14B on 8 and 64")
     args, rest = parser.parse_known_args(argv)
     given = train.parse(rest)
     require(not given.pop("control", False), "--control trains; a plan does not take it")
     share = given.get("context_parallel", 1)
-    require(
-        min(*args.gpus, share) >= 1 and not any(n % share for n in args.gpus),
-        f"--gpus {' '.join(map(str, args.gpus))}: at least 1, and a multiple of --context-parallel",
-    )
-    chosen = (
-        [("wan-1.3b", 1), ("wan-1.3b", 8), ("wan-14b", 8), ("wan-14b", 64)]
-        if args.table
-        else [(given.get("preset", "toy"), n) for n in args.gpus]
-    )
-    require(
-        all(preset in PRESETS for preset, _ in chosen),
-        f"--preset {chosen[0][0]} is unknown: choose from {', '.join(PRESETS)}",
-    )
+    fits = min(*args.gpus, share) >= 1 and not any(n % share for n in args.gpus)
+    require(fits, f"--gpus {' '.join(map(str, args.gpus))}: at least 1, and a multiple of "
+            "--context-parallel")
+    chosen = [(given.get("preset", "toy"), n) for n in args.gpus]
+    if args.table:
+        chosen = [("wan-1.3b", 1), ("wan-1.3b", 8), ("wan-14b", 8), ("wan-14b", 64)]
+    require(chosen[0][0] in PRESETS, f"--preset {chosen[0][0]} is unknown: choose from "
+            f"{', '.join(PRESETS)}")
     notes, jobs = {}, []
     for preset, gpus in chosen:
         every = (0, 1, 2, 3) if preset == "toy" else (1, 2, 3)
         for stage in every if given.get("stage", -1) < 0 else [given["stage"]]:
-            cfg = train.make_config(
-                {"dtype": "bfloat16", **given, "preset": preset, "device": "cpu"}, stage
-            )  # any device can be planned for
+            asked = {"dtype": "bfloat16", **given, "preset": preset}
+            cfg = train.make_config({**asked, "device": "cpu"}, stage)  # it need not be here
             jobs.append((replace(cfg, device=given.get("device", "cuda")), gpus))
             micro_batch(*jobs[-1])
     print(table([]))
@@ -412,10 +345,8 @@ def main(argv=None):
         print(row(cfg, gpus), flush=True)
         if cfg.stage == 1:
             notes[cfg.preset] = trajectories(cfg)
-    print(
-        "\nGB (1e9 bytes) per device; `gathered` is FSDP's: weights that are whole while their "
-        "block runs"
-    )
+    print("\nGB (1e9 bytes) per device; `gathered` is FSDP's: weights that are whole while their "
+          "block runs")
     for preset, note in notes.items():
         print(f"{preset}, stage 1, before the first step: {note}")
 
