@@ -11,6 +11,7 @@ Rows that several tables share are trained once; give the same command again and
 was stopped.
 
     stages          real clips, teacher, stages 1 to 3, controls, 2 and 4 passes, without anchor
+    context         stage 1 on clean or noisy context, and what follows from either
     parts           DMD and the adversarial loss: cache gradient, low noise levels, anchor
     discriminators  causal or bidirectional, a logit a clip or a frame (the paper's table 3)
     lambda          the weight of R1 and R2 (figure 9)
@@ -59,15 +60,23 @@ STAGE1 = Row("stage 1", "stage1", after="stage0")
 STAGE2 = Row("stage 2", "stage2", after="stage1")
 STAGE3 = Row("stage 3", "stage3", after="stage2")
 RECIPE = [REAL, TEACHER, STAGE1, STAGE2, STAGE3]
-ON = "--init {out}/stage2 --student-start 0 --stop-spread 0"
-CONTROL = Row("control: stage 2 trained on, as many steps", "stage2-control", f"{ON} --iters 150",
+ON = "--student-start 0 --stop-spread 0 --init {out}/stage2"
+CONTROL = Row("control: stage 2 trained on, as many steps", "stage2-control", f"--iters 150 {ON}",
               "stage2")
 # a step of stage 3 takes about twice as long as one of stage 2, one without the student 1.6 times
-LONGER = Row("control: stage 2 trained on, as many minutes", "stage2-longer", f"{ON} --iters 480",
+LONGER = Row("control: stage 2 trained on, as many minutes", "stage2-longer", f"--iters 480 {ON}",
              "stage2")
 PURE2 = Row("stage 2 without anchor", "stage2-pure", "--ode-anchor 0", "stage1")
-PURE3 = Row("stage 3 from it, without anchor (the paper's form)", "stage3-pure",
+PURE3 = Row("stage 3 from it, without anchor", "stage3-pure",
             "--ode-anchor 0 --init {out}/stage2-pure", "stage2-pure")
+NOISY = [  # from a stage 1 in which a chunk sees noisy states of earlier ones
+    Row("stage 1, noisy context", "stage1-noisy",
+        "--ode-context noisy --ode-point-weights 0.4 0.1 0.1 0.1 0.3", "stage0"),
+    Row("stage 2 from it", "stage2-noisy", "--init {out}/stage1-noisy", "stage1-noisy"),
+    Row("stage 3 from that", "stage3-noisy", "--init {out}/stage2-noisy", "stage2-noisy"),
+    Row("its control", "stage2-noisy-control", f"--iters 150 {ON}-noisy", "stage2-noisy")]
+PUBLISHED = [Row(f"stage {n} as published", f"stage{n}-published", "--recipe published",
+                 f"stage{n - 1}-published" if n > 1 else "stage0") for n in (1, 2, 3)]
 FROM1 = Row("stage 3 from stage 1", "stage3-from1", "--init {out}/stage1", "stage1")
 
 
@@ -129,6 +138,7 @@ TABLES = {
         Row("stage 3 at 2 passes", "stage3", after="stage3", steps=(2,)),
         Row("stage 3 at 4 passes", "stage3", after="stage3", steps=(4,)),
         PURE2, PURE3],
+    "context": [*RECIPE, CONTROL, *NOISY, *PUBLISHED],
     "parts": [
         *RECIPE[:4], PURE2, PURE3, *parts(),
         Row("DMD, guidance 1.25", "stage2-guided", "--guidance 1.25", "stage1"),

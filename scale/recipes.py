@@ -5,12 +5,13 @@ for every stage that it changes, what differs from AAD-1's stage of that preset.
 """
 from utils.errors import require
 
+# AAD-1 as published: in stage 1 a chunk sees noisy states of earlier ones
+_NOISY = dict(ode_context="noisy", ode_point_weights=(0.4, 0.1, 0.1, 0.1, 0.3))
 # Stage 1 has the rates of Causal Forcing, stage 2 those of Self Forcing, stage 3 the paper's.
 _RECIPE = {
     0: dict(iters=0),
     1: dict(iters=2000, batch_size=64, lr=2e-6, betas=(0.9, 0.999), trajectories=16_000,
-            ode_steps=48, guidance=6.0, ode_context="noisy",
-            ode_point_weights=(0.4, 0.1, 0.1, 0.1, 0.3)),
+            ode_steps=48, guidance=6.0, **_NOISY),
     2: dict(iters=100, batch_size=64, dmd_weight=1.0, lr=2e-6, betas=(0.0, 0.999),
             weight_decay=0.01, grad_clip=10.0, ema=0.99, fake_lr=4e-7, fake_betas=(0.0, 0.999),
             fake_updates=5, student_start=0, guidance=4.0, score_shift=5.0),
@@ -40,6 +41,7 @@ _DIAGONAL = dict(context_level=0.1, dmd_diff_weight=1.0, ode_anchor=0.0, cache_g
 _CAUSAL = dict(teacher_forcing=True)
 _TOY_FAMILY = {
     "aad-1": {},
+    "published": {1: _NOISY, 2: dict(ode_anchor=0.0, cache_grad=False), 3: dict(ode_anchor=0.0)},
     "self-forcing": {2: _STEPS4},
     "causvid": {2: dict(_STEPS4, self_rollout=False)},
     "one-forcing": {2: _SHARED},
@@ -55,6 +57,7 @@ _TOY_FAMILY = {
 # ODE config, Diagonal Distillation's paper. CausVid's and ASD's rates are Self Forcing's.
 _WAN_FAMILY = {
     **_TOY_FAMILY,
+    "published": {},  # the presets are
     "self-forcing": {2: dict(_STEPS4, iters=120)},
     "one-forcing": {2: dict(_SHARED, iters=200, batch_size=8, lr=1e-5, fake_lr=1e-5, guidance=6.0,
                             disc_updates=5, disc_layers=(29,))},
