@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sample import generate_chunks, load_stage
-from scale.serve import read_images, seeded_noise
+from sample import generate_chunks, load_network
+from scale.serve import open_stage, read_images, refuse_teacher, seeded_noise
 from utils.errors import require
 from utils.files import read_json, write_json
 from utils.media import parse_size, video_writer
@@ -73,17 +73,23 @@ def claim(out, settings):
 
 
 def wan_student(args, folder):
-    """(network, settings, codec, text encoder) of a student that was trained on latents."""
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    net, codec, settings = load_stage(folder, args.preset, args.device, dtype)
+    """(weights, settings) of a student that was trained on latents, unread."""
+    weights, codec, settings = open_stage(folder, args.preset)
+    if "where" not in settings:
+        refuse_teacher(weights)
     require(codec is None, f"{folder} was trained on frames of a toy: VBench is for Wan students")
     require(settings["stage"] and settings["first"] == 1, f"{folder} does not animate an image as "
             "a stream: name a stage from 1 on that was trained with --first 1")
-    require(args.vae and args.text_encoder, f"{folder} was trained on latents: add --vae and "
-            "--text-encoder")
-    from scale.wan import CaptionEncoder, WanCodec  # needs requirements-wan.txt
-    words = CaptionEncoder(args.text_encoder, settings["text_len"], args.device)
-    return net, settings, WanCodec(args.vae, args.device), words
+    require(args.wan or args.vae and args.text_encoder, f"{folder} was trained on latents: add "
+            "--wan, or --vae and --text-encoder")
+    return weights, settings
+
+
+def embedded(args, prompts, length):
+    """{prompt: its embedding (1, l, d)}; the text encoder leaves memory before the network comes."""
+    from scale.wan import CaptionEncoder  # needs requirements-wan.txt
+    words = CaptionEncoder(args.text_encoder or args.wan, length, args.device)
+    return {prompt: words.encode(prompt)[None].cpu() for prompt in prompts}
 
 
 @torch.no_grad()
@@ -93,17 +99,21 @@ def make_videos(args, folder):
     require(args.vbench_info and args.vbench_images, "--vbench needs --vbench-info, VBench's "
             "vbench2_i2v_full_info.json, and --vbench-images, its folder of cropped images")
     pairs = read_pairs(args.vbench_info, args.vbench_images)  # before minutes of loading
-    net, settings, codec, words = wan_student(args, folder)
+    weights, settings = wan_student(args, folder)
+    from scale.wan import WanCodec
+    codec = WanCodec(args.vae or args.wan, args.device)
     steps, ratio = args.steps or settings["student_steps"], ratio_of(args.vbench_images, size)
     claim(out, {"weights": fingerprint(folder), "size": list(size), "passes": steps,
                 "images": ratio, "frames": 1 + codec.ratio * (settings["frames"] - 1)})
-    made = 0
+    texts, made = embedded(args, [prompt for prompt, _ in pairs], settings["text_len"]), 0
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    net = load_network(weights, settings, args.device, dtype)
     for prompt, image in tqdm(pairs, desc="VBench", unit="prompt"):
         missing = [i for i in range(VIDEOS) if not (out / f"{prompt}-{i}.mp4").is_file()]
         if not missing:
             continue
         first = codec.encode(read_images([image], size)).to(args.device)
-        text = words.encode(prompt)[None].to(args.device)
+        text = texts[prompt].to(args.device)
         for i in missing:
             randn = seeded_noise(first, seed_of(prompt, i))
             chunks = generate_chunks(net, settings, first, text, randn, settings["frames"], steps)

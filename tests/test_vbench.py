@@ -61,7 +61,11 @@ def test_the_folder(suite, student, capsys):
     assert len({clip.numpy().tobytes() for clip in clips}) == 5
     gone = suite / "videos" / "a red disc.-3.mp4"
     gone.unlink()
-    evaluate.main(flags(suite, student))
+    download = suite / "download"  # one folder for both
+    download.mkdir()
+    for part, source in (("vae", "vae"), ("text_encoder", "umt5"), ("tokenizer", "umt5")):
+        (download / part).symlink_to(suite / source)
+    evaluate.main(flags(suite, student, wan=download, vae=None, **{"text-encoder": None}))
     assert "1 videos made" in capsys.readouterr().out
     assert (media.read_video(gone, (32, 48)) == clips[3]).all()
     with pytest.raises(UsageError, match="made with another passes"):
@@ -72,7 +76,7 @@ def test_what_cannot_be_made_is_said_first(suite, student, small_run):
     for more, message in (({"vbench-info": None}, "--vbench needs --vbench-info"),
                           ({"vbench-images": suite}, "1.jpg is not there"),
                           ({"vbench-info": suite / "none"}, "does not exist"),
-                          ({"vae": None}, "add --vae")):
+                          ({"vae": None}, "add --wan, or --vae and --text-encoder")):
         with pytest.raises(UsageError, match=message):
             evaluate.main(flags(suite, student, **more))
     with pytest.raises(UsageError, match="VBench is for Wan students"):
