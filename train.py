@@ -142,7 +142,7 @@ RECIPES = {  # preset -> stage -> what differs from the defaults; docs/results.m
         2: dict(iters=320, dmd_weight=1.0, lr=6e-4, betas=(0.5, 0.99), lr_warmup=15, lr_decay=0.5,
                 ema=0.97, cache_grad=True, ode_anchor=0.15),
         3: dict(iters=270, gan_weight=1.0, lr=5e-5, betas=(0.0, 0.99), lr_warmup=15, lr_decay=0.5,
-                ema=0.97, backbone_lr=1e-4, student_start=120, gan_shift=0.5, ode_anchor=0.15),
+                ema=0.97, backbone_lr=1e-4, student_start=120, gan_t_max=0.3, ode_anchor=0.5),
     },
     **WAN_RECIPES,
 }

@@ -83,7 +83,8 @@ FROM1 = Row("stage 3 from stage 1", "stage3-from1", "--init {out}/stage1", "stag
 def parts():
     """DMD from stage 1 and the adversarial loss from stage 2: cache gradient x levels x anchor."""
     rows = []
-    for stage, what, level in ((2, "DMD", "--score-shift"), (3, "adversarial", "--gan-shift")):
+    levels_of = (2, "DMD", "--score-shift"), (3, "adversarial", "--gan-t-max 1 --gan-shift")
+    for stage, what, level in levels_of:
         for cache in (False, True):
             for shift, levels in ((1.0, "all levels"), (0.3, "low levels")):
                 for anchor in (0.0, 0.15):
@@ -157,9 +158,9 @@ TABLES = {
     "warmup": [*RECIPE, PURE3, FROM1],
     "noise": [
         *RECIPE, PURE3,
-        stage3("all levels, U[0, 1]", "noise-all", "--gan-shift 1"),
-        stage3("high levels (shift 3)", "noise-high", "--gan-shift 3"),
-        stage3("low levels, U[0, 0.3]", "noise-low", "--gan-shift 1 --gan-t-max 0.3"),
+        stage3("all levels, U[0, 1]", "noise-all", "--gan-t-max 1"),
+        stage3("high levels (shift 3)", "noise-high", "--gan-t-max 1 --gan-shift 3"),
+        stage3("lower levels (shift 0.5)", "noise-low", "--gan-t-max 1 --gan-shift 0.5"),
         stage3("no noise", "noise-none", "--gan-t-max 0")],
     "backbone": [
         *RECIPE, PURE3,

@@ -84,8 +84,8 @@ def differences(found, pinned):
 # ---------------------------------------------------------------- what is pinned
 
 def train_stage(run, out, stage, flags):
-    """The prints of four steps of a stage that starts from the small run."""
-    train.main([*command(run, stage), "--iters", "4", "--out", str(out), *flags.split()])
+    """The prints of three steps of a stage that starts from the small run."""
+    train.main([*command(run, stage), "--iters", "3", "--out", str(out), *flags.split()])
     return {f"{folder.name}, {name}": value for folder in sorted(Path(out).glob("stage*"))
             for name, value in stage_prints(folder).items()}
 
@@ -108,7 +108,7 @@ def of_a_recipe(name, stages):
             (out / f"stage{n}").symlink_to(run / f"stage{n}")
         for stage in stages:
             train.main(["--recipe", name, "--stage", str(stage), "--out", str(out), *SMALL,
-                        "--iters", "4"])
+                        "--iters", "3"])
         return {f"{folder.name}, {key}": value for folder in sorted(out.glob(f"stage*-{name}"))
                 for key, value in stage_prints(folder).items()}
 

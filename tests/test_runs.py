@@ -726,7 +726,7 @@ def test_updates_of_a_step_have_noise_of_their_own():
 def test_levels_of_the_pass_that_made_the_clip():
     """--gan-interval: between the time of the exit pass and the next; else anywhere."""
     clips, x = data.Draws(range(400), "levels"), torch.zeros(400, 7, 1, 1, 1)
-    flags = ("--student-steps", 2, "--shift", 8, "--gan-shift", 1)
+    flags = ("--student-steps", 2, "--shift", 8, "--gan-t-max", 1)
     middle = 16 / 18
     for more, exit_step, low, high in ((["--gan-interval"], 0, middle, 1),
                                        (["--gan-interval"], 1, 0, middle), ([], 0, 0, 1)):
