@@ -86,7 +86,7 @@ def wan_student(args, folder):
 
 
 def embedded(args, prompts, length):
-    """{prompt: its embedding (1, l, d)}; the text encoder leaves memory before the network comes."""
+    """{prompt: its embedding (1, l, d)}. The text encoder leaves before the network comes."""
     from scale.wan import CaptionEncoder  # needs requirements-wan.txt
     words = CaptionEncoder(args.text_encoder or args.wan, length, args.device)
     return {prompt: words.encode(prompt)[None].cpu() for prompt in prompts}
