@@ -73,7 +73,9 @@ NOISY = [  # from a stage 1 in which a chunk sees noisy states of earlier ones
     Row("stage 1, noisy context", "stage1-noisy",
         "--ode-context noisy --ode-point-weights 0.4 0.1 0.1 0.1 0.3", "stage0"),
     Row("stage 2 from it", "stage2-noisy", "--init {out}/stage1-noisy", "stage1-noisy"),
-    Row("stage 3 from that", "stage3-noisy", "--init {out}/stage2-noisy", "stage2-noisy"),
+    Row("stage 3 from that, U[0, 1] shifted by 0.5, anchor 0.15", "stage3-noisy",
+        "--gan-t-max 1 --gan-shift 0.5 --ode-anchor 0.15 --init {out}/stage2-noisy",
+        "stage2-noisy"),
     Row("its control", "stage2-noisy-control", f"--iters 150 {ON}-noisy", "stage2-noisy")]
 PUBLISHED = [Row(f"stage {n} as published", f"stage{n}-published", "--recipe published",
                  f"stage{n - 1}-published" if n > 1 else "stage0") for n in (1, 2, 3)]
