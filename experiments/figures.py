@@ -152,24 +152,26 @@ def masks(assets, _):
     save(page, assets, "masks")
 
 
-LEVELS = r",\,".join(f"{t:.2g}" for t in [*schedule(TrainConfig.ode_points, Config.shift), 0])
-ANCHOR = ("anchor: a small regression",
-          rf"$+\;{RECIPES['toy'][2]['ode_anchor']:g}\;\|\,x - x_{{\mathrm{{end}}}}\,\|^2$")
+LEVELS = r",\,".join(f"{t:.2g}" for t in schedule(TrainConfig.ode_points, Config.shift))
+ANCHOR = {n: ("anchor: a small regression",
+              rf"$+\;{RECIPES['toy'][n]['ode_anchor']:g}\;\|\,x - x_{{\mathrm{{end}}}}\,\|^2$")
+          for n in (2, 3)}
 RECIPE = [  # of every stage its networks, data and [(loss, formula)]
     (["teacher trained"], "real clips, captions",
      [("flow matching", r"$\|\,v(x_t, t) - (\epsilon - x_0)\,\|^2$"),
       ("where", r"$x_t = (1 - t)\,x_0 + t\,\epsilon$")]),
     (["student trained", "teacher frozen"], "the teacher's ODE paths,\nfrom noise to a clean end",
      [("regression to the path's end", r"$\|\,G(x_t, t) - x_{\mathrm{end}}\,\|^2$"),
-      ("every chunk at its own level", rf"$t \in \{{{LEVELS}\}}$")]),
+      ("own level a chunk, clean past", rf"$t \in \{{{LEVELS}\}}$")]),
     (["student trained", "fake score trained", "real score frozen"], "the student's rollouts $x$",
      [("student moves against", r"$(x_{\mathrm{fake}} - x_{\mathrm{real}})\,/\,\mathrm{mean}"
-       r"|x - x_{\mathrm{real}}|$"), ANCHOR,
+       r"|x - x_{\mathrm{real}}|$"), ANCHOR[2],
       ("fake score: flow matching", r"$\|\,v(x_t, t) - (\epsilon - x)\,\|^2$")]),
     (["student trained", "discriminator $D$ trained", "$D$'s backbone trained"],
      "rollouts $x$, and real clips\nof the same first frames",
-     [("student", r"$\mathrm{softplus}(-D(x))$"), ANCHOR, ("discriminator", r"$\mathrm{softplus}"
-       r"(-D(\mathrm{real}))$" "\n" r"$+\;\mathrm{softplus}(D(x)) + R_1 + R_2$")])]
+     [("student", r"$\mathrm{softplus}(-D(x))$"), ANCHOR[3],
+      ("discriminator", r"$\mathrm{softplus}(-D(\mathrm{real}))$" "\n"
+       r"$+\;\mathrm{softplus}(D(x)) + R_1 + R_2$")])]
 COLUMN, GAP, FLOOR = 190, 43, 372  # width of a stage's box, space between two, lower edge
 
 
