@@ -372,6 +372,19 @@ def test_a_causal_teacher_sees_clean_earlier_chunks():
     assert frames[0] == [True] * 4 + [False] * 3 and frames[1] == [False] * 4 + [True] * 3
 
 
+def test_every_chunk_leaves_after_a_pass_of_its_own(monkeypatch):
+    """--student-steps 4 3 2: the rollout gets an exit for each number, drawn within it."""
+    run, seen, rollout = at_work(2, "--recipe", "diagonal", "--probe-every", 0), [], train.rollout
+    monkeypatch.setattr(train, "rollout", lambda *args, **more:
+                        seen.append(more["exit_step"]) or rollout(*args, **more))
+    for run.step in range(1, 13):
+        train.distil_step(run)
+    assert all(len(exits) == 3 for exits in seen)
+    for chunk, passes in enumerate((4, 3, 2)):
+        assert {exits[chunk] for exits in seen} == set(range(passes))
+    assert len({tuple(exits) for exits in seen}) > 5
+
+
 @pytest.mark.parametrize("context", ("clean", "noisy"))
 def test_stage_1_shows_earlier_chunks_as_they_ended(context, tmp_path):
     """With a clean context the input is [ends | states], and no chunk sees a state of another."""

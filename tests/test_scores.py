@@ -65,6 +65,18 @@ def test_wrong_clips_lose_where_they_are_wrong(scored):
     assert scored["wrong way"]["quality_error"] < 0.002
 
 
+def test_a_caption_is_compared_with_the_last_frame():
+    """Another kind of shape on the same path counts if it is there at the end, not if it was before
+    it; the given image always shows the right one."""
+    world = data.ToyWorld(32, 10)
+    state = world.state(range(8))
+    real = world.render(state)
+    other = world.render({**state, "kind": (state["kind"] + 1) % 3})
+    for last, agreement in ((other[:, -1:], 0), (real[:, -1:], 1)):
+        video = torch.cat([real[:, :1], other[:, 1:-1], last], 1)
+        assert evaluate.exact_scores(world, state, video)["caption_agreement"] == agreement
+
+
 def test_broken_frames_do_not_count_as_motion(scored):
     s = scored["broken"]
     assert s["dynamic_degree"] < 0.05 and s["displacement"] < 0.05 and s["imaging_quality"] < 5
