@@ -105,16 +105,18 @@ def make_videos(args, folder):
     steps, ratio = args.steps or settings["student_steps"], ratio_of(args.vbench_images, size)
     claim(out, {"weights": fingerprint(folder), "size": list(size), "passes": steps,
                 "images": ratio, "frames": 1 + codec.ratio * (settings["frames"] - 1)})
-    texts, made = embedded(args, [prompt for prompt, _ in pairs], settings["text_len"]), 0
+    missing = {prompt: [i for i in range(VIDEOS) if not (out / f"{prompt}-{i}.mp4").is_file()]
+               for prompt, _ in pairs}
+    made, wanted = 0, [prompt for prompt, numbers in missing.items() if numbers]
+    texts = embedded(args, wanted, settings["text_len"])
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     net = load_network(weights, settings, args.device, dtype)
     for prompt, image in tqdm(pairs, desc="VBench", unit="prompt"):
-        missing = [i for i in range(VIDEOS) if not (out / f"{prompt}-{i}.mp4").is_file()]
-        if not missing:
+        if not missing[prompt]:
             continue
         first = codec.encode(read_images([image], size)).to(args.device)
         text = texts[prompt].to(args.device)
-        for i in missing:
+        for i in missing[prompt]:
             randn = seeded_noise(first, seed_of(prompt, i))
             chunks = generate_chunks(net, settings, first, text, randn, settings["frames"], steps)
             write_video(out / f"{prompt}-{i}.mp4", chunks, codec, settings, args.device)
