@@ -249,7 +249,7 @@ class LatentFolder:
     def __init__(self, folder, frames):
         self.paths, self.frames = check_whole(clips_in(folder)), frames
         self.only_text = read_tensors(self.paths[0]).keys() == {"text"}
-        self.network = None  # the Config that every clip has to fit, see open_dataset()
+        self.network = None  # the Config that every clip has to fit, see scale/clips.py
         negative = Path(folder) / "negative" / "text.safetensors"
         self.negative = read_finite(negative)["text"].float() if negative.is_file() else None
 
@@ -277,24 +277,6 @@ def dataset(cfg):
     if clips_in(cfg.data):
         return LatentFolder(cfg.data, cfg.frames)
     return VideoFolder(cfg.data, cfg.size, cfg.frames, cfg.fps)
-
-
-def open_dataset(cfg, trajectory_folders):
-    """dataset(cfg), with latents checked against the network. Captions alone serve stage 1, and
-    stage 2 without an image or with stage 1's trajectories, whose ends are clips; or UsageError."""
-    data = dataset(cfg)
-    if not data.latent:
-        return data
-    made = [folder for folder in trajectory_folders if clips_in(folder)]
-    if data.only_text and cfg.stage == 2 and made:
-        captions, data = data, LatentFolder(made[0], cfg.frames)
-        data.negative = captions.negative
-    enough = cfg.stage == 1 or cfg.stage == 2 and not cfg.first  # no image is needed
-    require(not data.only_text or enough, f"{data.paths[0]} holds a caption alone, for "
-            f"stage 1 and then stage 2: stage {cfg.stage} needs clips, see python -m scale.encode")
-    data.network = cfg
-    data.read(data.paths[0])
-    return data
 
 
 # ---------------------------------------------------------------- text and latents at toy scale

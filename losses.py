@@ -118,23 +118,18 @@ def ode_regression_loss(velocity, x_t, x_end, t):
     return frame_mean((x0_from_flow(x_t, velocity(x_t, t), t) - x_end).square(), t)
 
 
-def consistency_loss(velocity, average, x_t, x_next, t, t_next):
+def consistency_loss(velocity, average, path, point, times):
     """|| G(x_t, t) - stopgrad(G_ema(x_next, t_next)) ||^2 for neighbouring states of a trajectory
     (consistency models, 2303.01469, eq. 7; Causal-rCM, 2606.25473, starts a student with it).
 
-    velocity, average: the student and its running average, callables (x_t, t) -> flow. At
-    t_next = 0 the target is the trajectory's end, as in ode_regression_loss()."""
+    velocity, average: the student and its running average, callables (x_t, t) -> flow. path, point:
+    see states_at(); times (points + 1,) of the states. Before the last state, at t = 0, the target
+    is the trajectory's end, as in ode_regression_loss()."""
+    after = (point + 1).clamp_max(len(times) - 1)
     with torch.no_grad():
-        target = x0_from_flow(x_next, average(x_next, t_next), t_next)
-    return ode_regression_loss(velocity, x_t, target, t)
-
-
-def anchor_loss(x, x_end):
-    """mean || x - x_end ||^2: stage 1's regression on the student's own rollout from the noise of
-    a trajectory (DMD, 2311.18828, eq. 9, there with a perceptual distance).
-
-    A student that leaves futures out costs DMD and the discriminator nothing; here it pays."""
-    return F.mse_loss(x.float(), x_end)
+        x_next = states_at(path, after)
+        target = x0_from_flow(x_next, average(x_next, times[after]), times[after])
+    return ode_regression_loss(velocity, states_at(path, point), target, times[point])
 
 
 # ---------------------------------------------------------------- stage 2

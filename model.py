@@ -123,10 +123,8 @@ def framewise_attention(q, k, v, groups):
     """Masked attention for q, k, v (b, f, n, heads, d), n tokens a frame -> (b, f, n, heads * d).
     One unmasked call per group of frames that see the same keys: no token mask (1 GB at Wan
     scale) is built, hidden keys cost nothing, and every attention kernel will do."""
-    out = []
-    for queries, keys in groups:
-        parts = [x.flatten(1, 2) for x in (q[:, queries], k[:, keys], v[:, keys])]
-        out.append(attention(*parts))
+    out = [attention(*(x.flatten(1, 2) for x in (q[:, queries], k[:, keys], v[:, keys])))
+           for queries, keys in groups]
     return rearrange(torch.cat(out, 1), "b (f n) h d -> b f n (h d)", n=q.shape[2])
 
 
@@ -179,9 +177,7 @@ class SelfAttention(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # cast once, not once for each of q, k and v
             x = x.to(torch.get_autocast_dtype(x.device.type))
         q, k, v = self.qkv(x, x)
-        keys, values = k, v
-        if past is not None:
-            keys, values = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
+        keys, values = (k, v) if past is None else (torch.cat(x, 1) for x in zip(past, (k, v)))
         y = framewise_attention(rotate(q, rope_q), rotate(keys, rope_k), values, groups)
         return self.o(y), (k, v)
 
@@ -290,9 +286,8 @@ class DiT(nn.Module):
             raise ValueError(f"text of {text.shape[1]} tokens, the network takes {cfg.text_len}")
         x, e, e6, text = self.embed(x, t, text)
         h, w, head_dim = h // p, w // p, cfg.dim // cfg.num_heads
-        q_pos = k_pos = tuple(positions or range(f))
-        if cache is not None:
-            q_pos, k_pos = cache.positions(f)
+        own = tuple(positions or range(f))
+        q_pos, k_pos = cache.positions(f) if cache is not None else (own, own)
         rope_q, rope_k = (rope_table(pos, h, w, head_dim, x.device) for pos in (q_pos, k_pos))
         groups = [(slice(None), slice(None))] if mask is None else mask_to_groups(mask)
         features, present = [], []

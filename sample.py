@@ -97,7 +97,7 @@ def denoise(model, cache, x, text, times, randn, grad, ode):
 
 
 def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=False,
-            context_level=0.0, cache_grad=False, start=None, grad_chunks=0, ode=False):
+            context_level=0.0, cache_grad=False, grad_chunks=0, ode=False):
     """Generate a video chunk by chunk: yields the image `first`, then chunks (b, chunk, c, h, w).
 
     model          causal student; model.cfg has chunk, sink, window and shift (paper eq. 1)
@@ -113,7 +113,6 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
                    below 0: chunks have no context pass, their last pass stays in the cache
     cache_grad     gradients also reach the weights through the context passes, which trains what
                    a chunk leaves for later chunks (Self Gradient Forcing, 2607.20368)
-    start          (b, f, c, h, w) noise for the first pass of every chunk, in place of randn's
     ode            between passes follow the flow (Euler's method) instead of adding new noise
     """
     cfg = model.cfg
@@ -137,8 +136,7 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
         if exits[0] is not None:
             times = times[:exits[0] + 1]
         passes, exits = passes[1:] or passes, exits[1:] or exits  # the last serves all that follow
-        x = randn(cfg.chunk) if start is None else start[:, done:done + cfg.chunk]
-        finished = denoise(model, cache, x, words, times, randn, carries, ode)
+        finished = denoise(model, cache, randn(cfg.chunk), words, times, randn, carries, ode)
         done += cfg.chunk
         yield finished
 
@@ -147,7 +145,7 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
 def generate_chunks(net, settings, first, text, randn, frames, steps=None, negative=None):
     """A clip of a stage, chunk by chunk: the teacher's whole ODE, away from the embedded `negative`
     prompt (l, d), or the rollout. A causal teacher follows its ODE inside each chunk, unguided."""
-    if settings["stage"] == 0 and settings.get("teacher_forcing"):
+    if settings["stage"] == 0 and settings.get("teacher_forcing") == 1:
         yield from rollout(net, first, text, randn, frames, steps or settings["ode_steps"],
                            ode=True)
     elif settings["stage"] == 0:

@@ -305,13 +305,6 @@ def test_dmd_moves_the_clip_towards_the_teacher():
     assert L.dmd_gradient(x, x, x).abs().max() == 0  # 0/0: nothing to learn
 
 
-def test_gradient_of_the_anchor():
-    torch.manual_seed(0)
-    x, end = torch.randn(2, 3, 4, 2, 2, requires_grad=True), torch.randn(2, 3, 4, 2, 2)
-    grad, = torch.autograd.grad(L.anchor_loss(x, end), x)
-    assert relative(grad, 2 * (x - end).detach() / x.numel()) < 1e-6
-
-
 @pytest.mark.parametrize("name", L.GAN_LOSSES)
 def test_gan_losses_pull_the_right_way(name):
     d_loss, g_loss = L.GAN_LOSSES[name]
@@ -457,7 +450,7 @@ def test_stage_1_shows_every_chunk_at_its_own_level_and_what_the_cache_keeps():
     run.nets["student"], run.update = Known(cfg, flow_to(4.0)), lambda name: None
     calls = recorded(run.nets["student"])
     states = torch.arange(5.0).view(1, 5, 1, 1, 1, 1).expand(4, 5, 13, 8, 8, 8)  # state k is k
-    run.trajectory = lambda draws: (states, torch.zeros(4, 6, 32))
+    run.trajectory = lambda draws: (states, torch.zeros(4, 6, 32), None)
     assert train.ode_step(run)["loss"] < 1e-6  # the student's answer is the clean end
     (call,), times = calls, torch.tensor([*L.schedule(4, cfg.shift), 0.0])
     assert (call.x == call.x[..., :1, :1, :1]).all() and (call.x[:, 0] == 4).all()
@@ -507,31 +500,30 @@ def test_ema_and_rates():
     assert run.lr_factor("fake") == 1.0
 
 
-def test_the_anchor_vanishes_at_the_trajectorys_end():
-    """A student that says `offset` too much everywhere has the gradient 2 * weight * offset. It is
-    shown the noise and the caption of the trajectory."""
+def test_the_anchor_is_stage_1_from_pure_noise():
+    """A student that says `offset` too much has the gradient 2 * weight * offset, of the frames it
+    generates. It is shown the noise of a trajectory, its caption, and the clean chunks before."""
     run = rehearsal(2, "--ode-anchor", 0.3)
     path, text = torch.randn(4, 5, 7, 8, 8, 8), torch.randn(4, 6, 32)
-    run.trajectory = lambda draws: (path, text)
+    past = torch.randn(4, 7, 8, 8, 8)
+    run.trajectory = lambda draws: (path, text, past)
     offset = torch.nn.Parameter(torch.zeros(()))
 
-    def the_end(module, args, options, flow):
-        x, t = args[:2]
-        start = options["cache"].committed
-        target = path[:, -1, start:start + x.shape[1]] + offset
-        return torch.where(L.expand_t(t) > 0, (x - target) / L.expand_t(t).clamp_min(1e-6), 0 * x)
+    def the_end(x, t, text):  # x is [past | noise]
+        return (x - torch.cat([x[:, :7], path[:, -1]], 1) - offset) * (t > 0)[..., None, None, None]
 
-    run.nets["student"].register_forward_hook(the_end, with_kwargs=True)
-    calls = recorded(run.nets["student"])
+    run.nets["student"] = Known(run.cfg, the_end)
+    calls, share = recorded(run.nets["student"]), 6 / 7  # the image counts as zero
     for value in (0.0, 0.5):
         offset.data.fill_(value)
         offset.grad = None
         log = train.anchor_step(run, next(run.batches("roll")))
-        assert log["anchor"].item() == pytest.approx(value ** 2, abs=1e-6)
-        assert offset.grad.item() == pytest.approx(0.3 * 2 * value, abs=1e-4)
-    noise = torch.cat([call.x for call in calls if call.t[0, 0] == 1], 1)
-    assert torch.equal(noise, path[:, 0, 1:].repeat(1, 2, 1, 1, 1))
-    assert all(torch.equal(call.text, text) for call in calls)
+        assert log["anchor"].item() == pytest.approx(share * value ** 2, abs=1e-6)
+        assert offset.grad.item() == pytest.approx(share * 0.3 * 2 * value, abs=1e-4)
+    call = calls[0]
+    assert torch.equal(call.x[:, 8:], path[:, 0, 1:]) and torch.equal(call.x[:, :7], past)
+    assert (call.t[:, 8:] == 1).all() and (call.t[:, :8] == 0).all()
+    assert torch.equal(call.text, text)
 
 
 def test_the_student_waits_for_its_first_step_and_takes_the_anchor_along(monkeypatch):

@@ -87,13 +87,13 @@ class TrainConfig(Config):
     # stage 0: the teacher
     text_drop: float = 0.1          # share of captions dropped, for guidance
     train_shift: float = 6.0        # timestep shift of training times; low: motion is learnt late
-    teacher_forcing: bool = False   # causal teacher: chunks see clean earlier ones; stages 0 and 1
+    teacher_forcing: float = 0.0    # share of steps in which chunks continue clean ones; 1: causal
     # stage 1: ODE initialisation
     trajectories: int = 2048        # teacher trajectories to regress on
     ode_steps: int = 8              # Euler steps of a trajectory
     ode_points: int = 4             # states of a trajectory that are kept
     ode_point_weights: tuple = (0.7, 0.1, 0.1, 0.1, 0.0)  # how often each; last: the clean end
-    ode_context: str = "clean"      # earlier chunks as a chunk sees them: clean, or noisy (paper)
+    ode_context: str = "real"       # what chunks continue: real, clean (own past) or noisy (paper)
     ode_target: str = "end"         # end of the trajectory, or consistency with its next state
     guidance: float = 1.0           # classifier-free guidance of the teacher; 1: none
     # stages 2 and 3: the student's own rollouts
@@ -102,7 +102,7 @@ class TrainConfig(Config):
     grad_chunks: int = 0            # chunks of a rollout, from its end, with a gradient; 0: all
     context_level: float = 0.0      # noise level of chunks in the cache; below 0: no context pass
     cache_grad: bool = False        # gradients through the context passes (Self Gradient Forcing)
-    ode_anchor: float = 0.0         # weight of stage 1's regression on the student's own rollout
+    ode_anchor: float = 0.0         # weight of stage 1's regression from pure noise
     dmd_weight: float = 0.0         # weight of the DMD term
     dmd_diff_weight: float = 0.0    # weight of DMD on differences of frames, relative to plain DMD
     gan_weight: float = 0.0         # weight of the adversarial term
@@ -137,7 +137,8 @@ class TrainConfig(Config):
 
 RECIPES = {  # preset -> stage -> what differs from the defaults; docs/results.md has what was tried
     "toy": {
-        0: dict(iters=4000, muon_lr=0.04, lr_warmup=30, lr_decay=0.4, ema=0.99),
+        0: dict(iters=4000, muon_lr=0.04, lr_warmup=30, lr_decay=0.4, ema=0.99,
+                teacher_forcing=0.25),
         1: dict(iters=1000, muon_lr=0.01, lr_decay=0.5, ode_steps=16),
         2: dict(iters=320, dmd_weight=1.0, lr=6e-4, betas=(0.5, 0.99), lr_warmup=15, lr_decay=0.5,
                 ema=0.97, cache_grad=True, ode_anchor=0.15),
@@ -164,11 +165,12 @@ def make_config(overrides, stage):
 
 # ---------------------------------------------------------------- stages 0 and 1
 def teacher_step(run):
-    """Stage 0: flow matching on real clips. The image is clean: its frames have t = 0."""
+    """Stage 0: flow matching on real clips. The image is clean: its frames have t = 0. In a share
+    of the steps every chunk continues a real past, as stage 1 will ask the teacher to."""
     cfg, log = run.cfg, {}
     for batch in run.batches("teacher"):
         net = run.nets["student"]
-        if cfg.teacher_forcing:
+        if run.draws([0], "forcing").rand(1).item() < cfg.teacher_forcing:
             net = L.on_clean_context(net, batch.x0, stream_mask(cfg))
         u = batch.draws.stratified_uniform()
         text = batch.text.masked_fill(batch.draws.rand(1, 1) < cfg.text_drop, 0.0)
@@ -180,43 +182,44 @@ def teacher_step(run):
     return {**log, "grad": run.update("student")}
 
 
-def ode_step(run):
-    """Stage 1: from states of the teacher's trajectory, every chunk at its own level, to its clean
-    end (paper eq. 3). It sees what the stream will show it: by its mask, and in a clean context."""
-    cfg, log = run.cfg, {}
+def ode_loss(run, draws, weights):
+    """From the teacher's trajectories, every chunk at its own level, to their clean ends (paper eq.
+    3). A chunk sees what the stream will show it: by its mask, in a clean context.
+    weights: how often a chunk starts from each kept state; the first is pure noise."""
+    cfg = run.cfg
     times = torch.tensor([*L.schedule(cfg.ode_points, cfg.shift), 0.0], device=run.device)
     mask, chunks = stream_mask(cfg), (cfg.frames - cfg.first) // cfg.chunk
+    path, text, past = run.trajectory(draws)  # no past: chunks see each other noisy
+    point = L.to_frames(draws.choice(weights, chunks), cfg.ode_points, cfg)  # the image is clean
+
+    def flow(x, t, name="student"):
+        if past is not None:
+            return L.on_clean_context(run.nets[name], past, mask)(x, t, text)
+        return run.nets[name](x, t, text, mask=mask)
+
+    with run.autocast():
+        if cfg.ode_target == "consistency":
+            return L.consistency_loss(flow, lambda x, t: flow(x, t, "ema"), path, point, times)
+        return L.ode_regression_loss(flow, L.states_at(path, point), path[:, -1], times[point])
+
+
+def ode_step(run):
+    """Stage 1: regression onto the teacher's trajectories."""
+    log = {}
     for batch in run.batches("ode"):
-        path, text, *past = run.trajectory(batch.draws)  # no past: chunks see each other noisy
-        point = batch.draws.choice(cfg.ode_point_weights, chunks)  # one point per chunk
-        point = L.to_frames(point, cfg.ode_points, cfg)  # (b, f); the image is clean
-
-        def flow(x, t, name="student"):
-            if past:
-                return L.on_clean_context(run.nets[name], past[0], mask)(x, t, text)
-            return run.nets[name](x, t, text, mask=mask)
-
-        x_t, t = L.states_at(path, point), times[point]
-        with run.autocast():
-            if cfg.ode_target == "end":
-                loss = L.ode_regression_loss(flow, x_t, path[:, -1], t)
-            else:
-                after = (point + 1).clamp_max(cfg.ode_points)
-                loss = L.consistency_loss(flow, lambda x, t: flow(x, t, "ema"), x_t,
-                                          L.states_at(path, after), t, times[after])
-        run.backward(loss, batch, log)
+        run.backward(ode_loss(run, batch.draws, run.cfg.ode_point_weights), batch, log)
     return {**log, "grad": run.update("student")}
 
 
 # ---------------------------------------------------------------- stages 2 and 3
-def student_clip(run, x, text, draws, exit_step=None, grad=False, start=None):
+def student_clip(run, x, text, draws, exit_step=None, grad=False):
     """The student's own clip (b, f, c, h, w), from the image of the clips x. See rollout()."""
     cfg = run.cfg
     with run.autocast():
         chunks = rollout(run.nets["student"], x[:, :cfg.first], text,
                          lambda n: draws.randn(n, *x.shape[2:]), cfg.frames, cfg.student_steps,
                          exit_step=exit_step, grad=grad, context_level=cfg.context_level,
-                         cache_grad=cfg.cache_grad, start=start, grad_chunks=cfg.grad_chunks)
+                         cache_grad=cfg.cache_grad, grad_chunks=cfg.grad_chunks)
         return torch.cat(list(chunks), 1)
 
 
@@ -240,7 +243,7 @@ def real_clips(run, batch, exit_step):
         return batch.x0, batch.text
     draws = run.draws(batch.clip_ids, "real")
     if cfg.gan_real == "teacher":  # the clean ends of its trajectories
-        path, text = run.trajectory(draws)
+        path, text, _ = run.trajectory(draws)
         return path[:, -1], text
     return student_clip(run, batch.x0, batch.text, draws, exit_step + 1), batch.text
 
@@ -253,8 +256,7 @@ def judged(cfg, exit_step):
 
 def fake_score(run, x_t, t, text):
     """The flow of the fake score, which may be a discriminator's backbone."""
-    net = run.nets["fake"]
-    shared = has_heads(run.cfg, "fake")
+    net, shared = run.nets["fake"], has_heads(run.cfg, "fake")
     return net(x_t, t, text, with_flow=True)[1] if shared else net(x_t, t, text)
 
 
@@ -327,12 +329,10 @@ TERMS = {"dmd": dmd_term, "gan": gan_term}  # each takes (run, x, batch, draws, 
 
 
 def anchor_step(run, batch):
-    """Backpropagate stage 1's regression on the student's rollout from a trajectory's noise."""
-    cfg, draws = run.cfg, run.draws(batch.clip_ids, "anchor")
-    path, text = run.trajectory(draws)
-    x = student_clip(run, path[:, -1], text, draws, 0, True, start=path[:, 0])
-    loss = L.anchor_loss(x[:, cfg.first:], path[:, -1, cfg.first:])
-    (cfg.ode_anchor * run.batch_part(loss, batch)).backward()
+    """Backpropagate stage 1's regression from pure noise. DMD and the adversarial loss do not mind
+    when two seeds end in one future; here it costs (DMD, 2311.18828, eq. 9)."""
+    loss = ode_loss(run, run.draws(batch.clip_ids, "anchor"), (1.0,))
+    (run.cfg.ode_anchor * run.batch_part(loss, batch)).backward()
     return {"anchor": loss.detach()}
 
 

@@ -180,7 +180,7 @@ TABLES = {
 }
 COLUMNS = {  # a score -> its heading
     "quality_error": "error", "last_error": "last", "energy": "energy", "spread": "spread",
-    "drift": "drift", "long_error": "long", "ghosts": "ghosts", "jitter": "jitter",
+    "seam": "seam", "drift": "drift", "long_error": "long", "ghosts": "ghosts", "jitter": "jitter",
     "displacement": "displ.", "dynamic_degree": "dynamic", "caption_agreement": "caption",
     "subject_consistency": "subject", "i2v_subject": "i2v subject", "minutes": "minutes",
     "passes": "passes a chunk", "rate": "frames/s"}

@@ -264,6 +264,15 @@ def future_scores(ours, theirs):
     }
 
 
+def seam_score(paths, first, chunk):
+    """Share of paths (i, n, f, 2) that go straight on, to within 45 degrees, where one chunk ends
+    and the next begins. A chunk that does not read its past goes anywhere."""
+    step = paths[:, :, 1:] - paths[:, :, :-1]  # step n leads to frame n + 1
+    starts = torch.arange(first + chunk, paths.shape[2], chunk)
+    cosine = F.cosine_similarity(step[:, :, starts - 1], step[:, :, starts - 2], dim=-1)
+    return (cosine > math.sqrt(0.5)).float().mean().item()
+
+
 def general_scores(video, real, first=1):
     """Scores that need no knowledge of the scene, for clips (b, f, 3, H, W) against real ones of
     the same first frames."""
@@ -370,6 +379,7 @@ def scores_of(net, codec, settings, number=256, steps=None, long=True, which="se
         ours = future_paths(net, codec, settings, images, steps)
         theirs = data.futures(images, FUTURES, frames)
         scores |= future_scores(ours[:, :, ends], theirs[:, :, ends])
+        scores["seam"] = seam_score(ours, first, third)
     return scores
 
 
@@ -412,8 +422,8 @@ def folder_scores(folder, size=32, turns=0.2):
 
 COLUMNS = {  # a score -> its heading
     "stage": "stage", "steps": "steps", "quality_error": "error", "last_error": "last",
-    "error_growth": "growth", "energy": "energy", "spread": "spread", "drift": "drift",
-    "long_error": "long", "ghosts": "ghosts", "dynamic_degree": "dynamic",
+    "error_growth": "growth", "energy": "energy", "spread": "spread", "seam": "seam",
+    "drift": "drift", "long_error": "long", "ghosts": "ghosts", "dynamic_degree": "dynamic",
     "displacement": "displ.", "jitter": "jitter", "caption_agreement": "caption",
     "subject_consistency": "subject", "background_consistency": "backgr.",
     "i2v_subject": "i2v subj.", "i2v_background": "i2v backgr.", "motion_smoothness": "smooth",

@@ -108,8 +108,7 @@ class Rehearsal(Run):
         x0 = draws.randn(cfg.frames, cfg.in_dim, *latent_sides(cfg))
         states = x0[:, None].expand(-1, cfg.ode_points + 1, -1, -1, -1, -1)
         text = draws.randn(cfg.text_len, cfg.text_dim)
-        clean = cfg.teacher_forcing or cfg.stage == 1 and cfg.ode_context == "clean"
-        return (states, text, x0) if clean else (states, text)
+        return states, text, None if cfg.ode_context == "noisy" else x0
 
 
 class Imagined(Rehearsal):

@@ -1,15 +1,34 @@
-"""Clips that a stage makes beside its steps: trajectories to learn from, and a probe of futures."""
+"""Clips beside a stage's steps: its data set, trajectories to learn from, a probe of futures."""
 from dataclasses import asdict
 
 import torch
 from tqdm import tqdm
 
 import losses as L
-from data import Draws, held_out_ids
+from data import Draws, LatentFolder, dataset, held_out_ids
 from model import stream_mask
 from sample import generate, sample_ode, with_cfg
 from scale.parallel import barrier, on_rank0, world
-from utils.files import save_finite
+from utils.errors import require
+from utils.files import clips_in, save_finite
+
+
+def open_dataset(cfg, trajectory_folders):
+    """dataset(cfg), with latents checked against the network. Captions alone serve stage 1, and
+    stage 2 without an image or with stage 1's trajectories, whose ends are clips; or UsageError."""
+    data = dataset(cfg)
+    if not data.latent:
+        return data
+    made = [folder for folder in trajectory_folders if clips_in(folder)]
+    if data.only_text and cfg.stage == 2 and made:
+        captions, data = data, LatentFolder(made[0], cfg.frames)
+        data.negative = captions.negative
+    enough = cfg.stage == 1 or cfg.stage == 2 and not cfg.first  # no image is needed
+    require(not data.only_text or enough, f"{data.paths[0]} holds a caption alone, for "
+            f"stage 1 and then stage 2: stage {cfg.stage} needs clips, see python -m scale.encode")
+    data.network = cfg
+    data.read(data.paths[0])
+    return data
 
 
 def make_trajectories(run):
@@ -27,7 +46,7 @@ def make_trajectories(run):
         batch = run.batch(clip_ids, "trajectories")
         image = 0 if run.data.latent and run.data.only_text else cfg.first
         teacher = run.nets["teacher"]
-        if cfg.teacher_forcing:  # a causal teacher makes all chunks at once, each on a real past
+        if cfg.ode_context == "real":  # all chunks at once, each on its own and a real past
             teacher = L.on_clean_context(teacher, batch.x0, stream_mask(cfg))
         velocity = with_cfg(teacher, batch.text, cfg.guidance, run.negative)
         noise, times = batch.draws.randn(*batch.x0.shape[1:]), L.schedule(cfg.ode_steps, cfg.shift)
@@ -36,7 +55,7 @@ def make_trajectories(run):
         if world()[0] % cfg.context_parallel == 0:  # the others of a group have made the same
             paths = torch.stack([*states, end], 1)
             for n, path, text, x0 in zip(numbers, paths, batch.text, batch.x0):
-                past = {"context": x0} if cfg.teacher_forcing else {}
+                past = {"context": x0} if cfg.ode_context == "real" else {}
                 save_finite(files[n], {"states": path, "text": text, **past})
     barrier()
     run.trajectories = files

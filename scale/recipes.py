@@ -33,12 +33,11 @@ WAN_RECIPES = {"wan-1.3b": with_layers((14, 21, 29)), "wan-14b": with_layers((19
 # ---------------------------------------------------------------- the family
 
 _STEPS4 = dict(student_steps=(4,), ode_anchor=0.0, cache_grad=False)
-_SHARED = dict(gan_weight=0.03, disc_weight=0.03, disc_backbone="shared", gan_real="teacher",
+_SHARED = dict(gan_weight=0.03, disc_weight=0.03, disc_backbone="shared",
                r1r2_weight=1.0, r1r2_sigma=0.1, ode_anchor=0.0, cache_grad=False)
 _ASD = dict(_STEPS4, gan_weight=1.0, gan_ratio=0.5, gan_loss="relativistic", gan_real="more",
              disc_backbone="detached")
 _DIAGONAL = dict(context_level=0.1, dmd_diff_weight=1.0, ode_anchor=0.0, cache_grad=False)
-_CAUSAL = dict(teacher_forcing=True)
 _TOY_FAMILY = {
     "aad-1": {},
     "published": {1: _NOISY, 2: dict(ode_anchor=0.0, cache_grad=False),
@@ -49,8 +48,8 @@ _TOY_FAMILY = {
     "asd": {2: _ASD},
     "diagonal": {2: dict(_DIAGONAL, student_steps=(4, 3, 2))},  # a clip of the toy has 3 chunks
     "causal-teacher": {
-        0: dict(_CAUSAL, init="{teacher}", iters=800, muon_lr=0.01),
-        1: dict(_CAUSAL, teacher="{out}/stage0-causal-teacher", trajectories=1024, iters=500)},
+        0: dict(teacher_forcing=1.0, init="{teacher}", iters=800, muon_lr=0.01),
+        1: dict(ode_context="real", teacher="{out}/stage0-causal-teacher")},
     "consistency": {1: dict(ode_target="consistency")},
     "no-context": {2: dict(context_level=-1.0), 3: dict(context_level=-1.0)},
 }
@@ -60,12 +59,14 @@ _WAN_FAMILY = {
     **_TOY_FAMILY,
     "published": {},  # the presets are
     "self-forcing": {2: dict(_STEPS4, iters=120)},
-    "one-forcing": {2: dict(_SHARED, iters=200, batch_size=8, lr=1e-5, fake_lr=1e-5, guidance=6.0,
-                            disc_updates=5, disc_layers=(29,))},
+    "one-forcing": {2: dict(_SHARED, gan_real="teacher", iters=200, batch_size=8, lr=1e-5,
+                            fake_lr=1e-5, guidance=6.0, disc_updates=5, disc_layers=(29,))},
     "diagonal": {2: dict(_DIAGONAL, student_steps=(5, 4, 3, 2), iters=120, sink=3, window=12)},
     "causal-teacher": {
-        0: dict(_CAUSAL, init="{teacher}", iters=2000, batch_size=64, lr=2e-6, betas=(0.9, 0.999)),
-        1: dict(_CAUSAL, teacher="{out}/stage0-causal-teacher")},
+        0: dict(teacher_forcing=1.0, init="{teacher}", iters=2000, batch_size=64, lr=2e-6,
+                betas=(0.9, 0.999)),
+        1: dict(ode_context="real", ode_point_weights=(0.7, 0.1, 0.1, 0.1, 0.0),
+                teacher="{out}/stage0-causal-teacher")},
 }
 FAMILY = {"toy": _TOY_FAMILY, "wan-1.3b": _WAN_FAMILY, "wan-14b": _WAN_FAMILY}
 

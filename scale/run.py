@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data import Draws, PatchCodec, WordEncoder, open_dataset
+from data import Draws, PatchCodec, WordEncoder
 from discriminator import Discriminator, disc_outputs, has_heads
 from model import PRESETS, Shape, build
+from scale.clips import open_dataset
 from scale.muon import Muon
 from scale.parallel import allocate, full_tensor, local_shard, say, shard, world
 from scale.state import init_optimizer_state
@@ -65,11 +66,12 @@ class Run:
         torch.manual_seed(cfg.seed)
 
     def find_trajectories(self):
-        """The teacher's trajectories. After stage 1 a causal teacher's are passed over: each of
-        their chunks continues a real past, so together they are no clip."""
+        """The teacher's trajectories. Where whole clips are wanted (--gan-real teacher) a causal
+        teacher's are passed over: each of their chunks continues a real past."""
+        whole = self.cfg.stage > 1 and self.cfg.gan_weight and self.cfg.gan_real == "teacher"
         for folder in trajectory_dirs(self.cfg):
             files = clips_in(folder)
-            if files and (self.cfg.stage < 2 or "context" not in read_tensors(files[0])):
+            if files and not (whole and "context" in read_tensors(files[0])):
                 return files
         return []
 
@@ -79,10 +81,11 @@ class Run:
         if cfg.stage < 2:
             return
         real = cfg.gan_weight and cfg.gan_real == "teacher"
-        for wanted, name, without in ((cfg.ode_anchor, "--ode-anchor", "--ode-anchor 0"),
-                                      (real, "--gan-real teacher", "--gan-real data")):
-            require(not wanted or self.trajectories, f"{name} needs the teacher's trajectories, "
-                    f"and {last} has none: train stage 1, or use {without}")
+        require(not real or self.trajectories, f"--gan-real teacher needs whole clips of the "
+                f"teacher, and {last} has none: train stage 1 with --ode-context clean or noisy, "
+                "or use --gan-real data")
+        require(not cfg.ode_anchor or self.trajectories, "--ode-anchor needs the teacher's "
+                f"trajectories, and {last} has none: train stage 1, or use --ode-anchor 0")
 
     # ---- networks
 
@@ -169,17 +172,16 @@ class Run:
         return Batch(clip_ids, x0, text, self.draws(clip_ids, purpose))
 
     def trajectory(self, draws):
-        """Teacher trajectories for a batch: states (b, points + 1, f, c, h, w), and texts. In stage
-        1 with a clean context also the clips (b, f, c, h, w) that chunks see of earlier ones: the
-        trajectories' ends, or with --teacher-forcing the real clips that they continue."""
+        """Teacher trajectories for a batch: states (b, points + 1, f, c, h, w), texts, and clips
+        (b, f, c, h, w) whose chunks are the clean past of later ones: with --ode-context real the
+        clips that were continued, else the trajectories' own ends; None if all chunks are noisy."""
         numbers = (draws.rand(1)[:, 0] * len(self.trajectories)).long().tolist()
         rows = [read_finite(self.trajectories[n]) for n in numbers]
         text = pad_sequence([row["text"] for row in rows], batch_first=True).to(self.device)
         states = torch.stack([row["states"] for row in rows]).to(self.device)
-        if self.cfg.teacher_forcing:
+        if "context" in rows[0]:
             return states, text, torch.stack([row["context"] for row in rows]).to(self.device)
-        clean = self.cfg.stage == 1 and self.cfg.ode_context == "clean"
-        return (states, text, states[:, -1]) if clean else (states, text)
+        return states, text, states[:, -1] if self.cfg.ode_context == "clean" else None
 
     # ---- losses and updates
 
@@ -362,6 +364,17 @@ def check_roles(cfg):
             "score")
 
 
+def check_teacher(cfg, path):
+    """The teacher at `path` has learnt what the stage asks of it: to make whole clips, to continue
+    clips, or both (--teacher-forcing)."""
+    forcing = (read_settings(path) or {}).get("teacher_forcing", 0.0)
+    continues = cfg.stage == 1 and cfg.ode_context == "real"
+    require(forcing or not continues, f"{path} has not learnt to continue clips: train it with "
+            "--teacher-forcing, or use --ode-context clean or noisy")
+    require(forcing < 1 or continues, f"{path} is a causal teacher, which makes no whole clips: "
+            "name a bidirectional one with --teacher, or use it in stage 1 with --ode-context real")
+
+
 def check_start(cfg, latents):
     """The weights that a stage starts from are elsewhere, of the right kind, and fit its clips."""
     require(not latents or not cfg.preview_every, f"--preview-every draws frames, and {cfg.data} "
@@ -376,12 +389,8 @@ def check_start(cfg, latents):
                 "scale.encode, and name their folder with --data")
         require(not codec or not latents, f"{path} was trained on frames, and {cfg.data} holds "
                 "latents: leave out --data, or name a folder of videos")
-        causal = (read_settings(path) or {}).get("teacher_forcing", cfg.teacher_forcing)
-        role = path == start_from(cfg)[1] and cfg.stage > 0  # a teacher may start from a plain one
-        require(not role or causal == cfg.teacher_forcing, f"{path} is a causal teacher: add "
-                "--teacher-forcing in stage 1, and name a bidirectional one in later stages"
-                if causal else f"{path} was not trained with --teacher-forcing: leave it out, or "
-                "name a causal teacher with --teacher")
+        if cfg.stage and path == start_from(cfg)[1]:
+            check_teacher(cfg, path)
         patch = codec.patch if codec else cfg.codec_patch
         require(patch == cfg.codec_patch, f"{path} has a codec of {patch} pixels a patch, this run "
                 f"{cfg.codec_patch}: use --codec-patch {patch}")

@@ -235,8 +235,9 @@ def check_teacher_and_student(args, settings, overrides, where):
     guided = args.guidance is not None or args.negative is not None
     require(not (settings["stage"] and guided), f"{where} is a student, whose guidance is trained "
             "in: leave out --guidance and --negative")
-    require(not (settings.get("teacher_forcing") and guided), f"{where} is a causal teacher, which "
-            "is sampled without guidance: leave out --guidance and --negative")
+    causal = settings.get("teacher_forcing") == 1
+    require(not (causal and guided), f"{where} is a causal teacher, which is "
+            "sampled without guidance: leave out --guidance and --negative")
 
 
 # ---------------------------------------------------------------- its inputs
@@ -299,7 +300,7 @@ def steps_of(args):
 
 def is_guided(settings):
     """Whether these settings go away from a negative prompt; a causal teacher does not."""
-    return (settings["stage"] == 0 and not settings.get("teacher_forcing")
+    return (settings["stage"] == 0 and settings.get("teacher_forcing") != 1
             and settings["guidance"] != 1)
 
 

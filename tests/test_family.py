@@ -1,5 +1,7 @@
 """AAD-1's relatives: what each switch does to losses, gradients and passes (docs/family.md)."""
 import functools
+import json
+import shutil
 
 import pytest
 import torch
@@ -73,7 +75,7 @@ def test_stages_of_a_recipe():
     ("--no-self-rollout --student-steps 4 2", "--no-self-rollout needs one number"),
     ("--disc-backbone shared --gan-weight 1 --dmd-weight 0", "--dmd-weight a number"),
     ("--gan-real teacher --gan-loss relativistic", "--gan-loss logistic"),
-    ("--student-steps 0", "from 1 up"), ("--teacher-forcing", "stages 0 and 1")])
+    ("--student-steps 0", "from 1 up"), ("--teacher-forcing 2", "between 0 and 1")])
 def test_switches_that_do_not_go_together(flags, sentence):
     with pytest.raises(UsageError, match=sentence):
         small_config(2, *flags.split())
@@ -156,9 +158,9 @@ def test_gradients_of_the_last_chunks_alone():
 
 def test_real_clips_may_be_the_teachers():
     """--gan-real teacher: clean ends of trajectories, with their own captions."""
-    run = at_work(2, "--recipe", "one-forcing")
+    run = at_work(2, "--recipe", "one-forcing", "--gan-real", "teacher")
     path, text = torch.randn(4, 5, 7, 8, 8, 8), torch.randn(4, 6, 32)
-    run.trajectory = lambda draws: (path, text)
+    run.trajectory = lambda draws: (path, text, None)
     clip, caption = train.real_clips(run, next(run.batches("roll")), 0)
     assert torch.equal(clip, path[:, -1]) and torch.equal(caption, text)
 
@@ -385,12 +387,14 @@ def test_every_chunk_leaves_after_a_pass_of_its_own(monkeypatch):
     assert len({tuple(exits) for exits in seen}) > 5
 
 
-@pytest.mark.parametrize("context", ("clean", "noisy"))
+@pytest.mark.parametrize("context", ("real", "clean", "noisy"))
 def test_stage_1_shows_earlier_chunks_as_they_ended(context, tmp_path):
-    """With a clean context the input is [ends | states], and no chunk sees a state of another."""
+    """With a clean context the input is [past | states], and no chunk sees a state of another. The
+    past are the trajectory's ends, or the real clip that it continues."""
     run = at_work(1, "--ode-context", context, "--ode-point-weights", 1, 0, 0, 0, 0)
     states = torch.arange(5.0).view(5, 1, 1, 1, 1).expand(5, 7, 8, 8, 8).clone()  # state k is k
-    save_file({"states": states, "text": torch.zeros(6, 32)}, tmp_path / "0.safetensors")
+    real = {"context": torch.full_like(states[0], 9)} if context == "real" else {}
+    save_file({"states": states, "text": torch.zeros(6, 32), **real}, tmp_path / "0.safetensors")
     run.trajectories = [tmp_path / "0.safetensors"]
     run.trajectory = functools.partial(Run.trajectory, run)
     calls = recorded(run.nets["student"])
@@ -401,12 +405,25 @@ def test_stage_1_shows_earlier_chunks_as_they_ended(context, tmp_path):
     if context == "noisy":
         assert x.shape[1] == 7 and mask[4:, 1:4].all()
     else:
-        assert (x[:, :8] == 4).all() and (t[:, :8] == 0).all()  # the ends, and the image
+        assert (x[:, :7] == (9 if real else 4)).all() and (t[:, :8] == 0).all()
+        assert (x[:, 7] == 4).all()  # the image
         assert mask[11:, :4].all() and not mask[11:, 4:11].any() and mask[11:, 11:].all()
 
 
-def test_teacher_forcing_shows_the_real_past(monkeypatch):
-    run = at_work(0, "--teacher-forcing")
+def test_a_share_of_the_teachers_steps_is_forced():
+    """The same on every process: it depends on the step alone."""
+    run, forced = at_work(0, "--teacher-forcing", 0.25), []
+    calls = recorded(run.nets["student"])
+    for run.step in range(200):
+        calls.clear()
+        train.teacher_step(run)
+        forced.append(calls[0].x.shape[1] == 14)
+        assert calls[0].x.shape[1] in (7, 14)
+    assert 0.15 < sum(forced) / 200 < 0.35
+
+
+def test_teacher_forcing_shows_the_real_past():
+    run = at_work(0, "--teacher-forcing", 1)
     shown, net = [], run.nets["student"]
     old = net.forward
     net.forward = lambda x, t, text, **o: shown.append((x, t)) or old(x, t, text, **o)
@@ -424,7 +441,7 @@ def test_consistency_at_the_last_state_is_the_regression():
         for target in ("end", "consistency"):
             run = at_work(1, "--ode-target", target, "--ode-point-weights", *weights_of.split())
             path = torch.randn(4, 5, 7, 8, 8, 8, generator=torch.Generator().manual_seed(0))
-            run.trajectory = lambda draws, path=path: (path, torch.zeros(4, 6, 32))
+            run.trajectory = lambda draws, path=path: (path, torch.zeros(4, 6, 32), None)
             torch.manual_seed(0)
             for name in ("student", "ema"):
                 torch.manual_seed(1)
@@ -440,7 +457,7 @@ def test_consistency_follows_the_running_average():
     student says 1."""
     run = at_work(1, "--ode-target", "consistency", "--ode-point-weights", *"1 0 0 0 0".split())
     states = torch.arange(5.0).view(1, 5, 1, 1, 1, 1).expand(4, 5, 7, 8, 8, 8)  # state k is k
-    run.trajectory = lambda draws: (states, torch.zeros(4, 6, 32))
+    run.trajectory = lambda draws: (states, torch.zeros(4, 6, 32), None)
     run.nets = {"student": Known(run.cfg, flow_to(1.0)), "ema": Known(run.cfg, flow_to(4.0))}
     run.update, calls = lambda name: 0.0, recorded(run.nets["ema"])
     loss = train.ode_step(run)["loss"]
@@ -491,22 +508,30 @@ def test_a_causal_teacher_and_its_student(causal):
     assert [c.shape[1] for c in chunks] == [1, 3, 3]  # it streams, as a bidirectional one cannot
 
 
-def test_a_causal_teacher_is_used_where_it_belongs(causal, tmp_path):
-    teacher = str(causal / "stage0-causal-teacher")
+def test_a_teacher_is_asked_for_what_it_has_learnt(causal, tmp_path):
+    """A causal one makes no whole clips, one without --teacher-forcing continues none."""
+    teacher, plain = str(causal / "stage0-causal-teacher"), tmp_path / "plain"
+    shutil.copytree(causal / "stage0", plain)
+    settings = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps({**settings, "teacher_forcing": 0.0}))
     for stage, flags, sentence in (
-            (1, ["--teacher", teacher], "is a causal teacher: add --teacher-forcing"),
-            (1, ["--teacher-forcing", "--teacher", str(causal / "stage0")], "leave it out"),
+            (1, ["--teacher", teacher, "--ode-context", "clean"], "is a causal teacher"),
+            (1, ["--teacher", str(plain)], "has not learnt to continue clips: train it with --tea"),
             (2, ["--teacher", teacher, "--init", str(causal / "stage1")], "is a causal teacher")):
         with pytest.raises(UsageError, match=sentence):
             train.train(train.make_config(train.parse(
                 ["--out", str(tmp_path), "--iters", "2", *flags, *SMALL]), stage))
 
 
-def test_later_stages_pass_over_a_causal_teachers_trajectories(causal):
-    """Its chunks continue real pasts: the anchor and --gan-real teacher take stage 1's instead."""
+def test_chunks_that_continue_real_clips_are_no_whole_clips(causal):
+    """The anchor takes the trajectories of the stage that a run comes from; --gan-real teacher
+    refuses chunks that continue real pasts."""
     flags = ["--out", str(causal), "--init", str(causal / "stage1-causal-teacher"), *SMALL]
     run = Run(train.make_config(train.parse(flags), 2), train.new_network)
-    assert run.trajectories[0].parent.parent.name == "stage1"
+    assert run.trajectories[0].parent.parent.name == "stage1-causal-teacher"
+    teachers = train.parse([*flags, "--recipe", "one-forcing", "--gan-real", "teacher"])
+    with pytest.raises(UsageError, match="whole clips.*train stage 1 with --ode-context clean"):
+        Run(train.make_config(teachers, 2), train.new_network)
 
 
 def test_no_noise_leaves_the_penalties(monkeypatch):

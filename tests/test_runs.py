@@ -23,7 +23,7 @@ import sample
 import train
 from experiments import evaluate, plan
 from scale import parallel, state
-from scale.clips import make_trajectories
+from scale.clips import make_trajectories, open_dataset
 from scale.run import Run, prepare
 from tests.common import (HERE, SMALL, Known, colour_clip, command, flow_to, largest_difference,
                           logs, recorded, rehearsal, several_processes, small_config, timeless,
@@ -529,7 +529,7 @@ def test_every_clip_of_a_folder_has_to_fit(tmp_path):
         save_file({"latents": torch.zeros(9, 4, 4, 6), "text": torch.zeros(length, 8)},
                   tmp_path / f"{name}.safetensors")
     cfg = train.TrainConfig(in_dim=4, text_dim=8, text_len=4, patch=2, stage=3, frames=9)
-    folder = data.open_dataset(replace(cfg, data=str(tmp_path)), [])
+    folder = open_dataset(replace(cfg, data=str(tmp_path)), [])
     with pytest.raises(UsageError, match="b.safetensors has 4 channels, .* text up to 4 x 8"):
         folder.batch(range(20))
 

@@ -122,15 +122,6 @@ def test_without_context_passes_there_are_none():
     assert len(shown) == 3 and (shown[0].t == 0).all()
 
 
-def test_a_rollout_can_be_given_its_noise():
-    net, (start, _, text) = network(tiny()), inputs(tiny())
-    chunks = iter(start[:, 1:].split(3, 1))
-    with torch.no_grad():
-        one = list(sample.rollout(net, start[:, :1], text, lambda n: next(chunks), 7))
-        two = list(sample.rollout(net, start[:, :1], text, lambda n: None, 7, start=start))
-    assert all(torch.equal(a, b) for a, b in zip(one, two))
-
-
 def test_without_context_passes_gradients_still_end_at_the_chunk():
     """What the exit pass leaves in the cache is detached."""
     net, (x, _, text), noises = network(tiny()), inputs(tiny()), []

@@ -134,6 +134,21 @@ def test_energy_and_spread_tell_what_became_of_the_futures():
     assert ragged["spread"] > 1.15 and ragged["energy"] > 0.1
 
 
+def test_seams_of_known_paths():
+    """Only the turn where chunks meet counts, and only those between generated chunks."""
+    east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+
+    def seam(*steps):  # of a clip of 1 + 3 + 3 frames
+        path = torch.cat([torch.zeros(1, 2), torch.stack(steps).cumsum(0)])
+        return evaluate.seam_score(path[None, None], 1, 3)
+
+    assert seam(*[east] * 6) == 1
+    assert seam(north, east, east, east, north, north) == 1
+    assert seam(*[east] * 3, *[north] * 3) == 0
+    world = data.ToyWorld(32, 10, 0.2)
+    assert 0.65 < evaluate.seam_score(world.futures(range(32), 32, 10), 1, 3) < 0.8
+
+
 def test_drift_and_long_error_are_of_clips_four_times_as_long(quick_scores, monkeypatch):
     """Clips that are right for as long as was trained and then empty: 27 of 36 frames are as wrong
     as can be."""

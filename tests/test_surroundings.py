@@ -17,6 +17,7 @@ import data
 import train
 from experiments import bench, evaluate
 from scale import parallel
+from scale.clips import open_dataset
 from scale.run import Run
 from tests.common import colour_clip, small_config, small_run
 from utils import errors, files, runs
@@ -113,7 +114,7 @@ def test_clips_that_are_not_finite_are_named(tmp_path, name):
     clip[name][1, 0] = torch.inf
     save_file(clip, tmp_path / "1.safetensors")
     cfg = train.TrainConfig(in_dim=4, text_dim=8, text_len=4, patch=2, stage=3, frames=9)
-    folder = data.open_dataset(replace(cfg, data=str(tmp_path)), [])
+    folder = open_dataset(replace(cfg, data=str(tmp_path)), [])
     with pytest.raises(UsageError, match=f"1.safetensors holds {name} that are not finite"):
         folder.batch(range(20))
 

@@ -153,7 +153,7 @@ def test_captions_alone_are_enough_for_two_stages(tmp_path, capsys):
     for n, length in enumerate((2, 4)):  # captions of another length in another pass
         save_file({"states": torch.randn(5, 9, 4, 4, 6), "text": torch.randn(length, 8)},
                   run.dir.parent / f"stage1/trajectories/{n:06d}.safetensors")
-    states, text = run.trajectory(run.batch(list(range(8)), "x").draws)
+    states, text, _ = run.trajectory(run.batch(list(range(8)), "x").draws)
     assert states.shape[0] == 8 and text.shape == (8, 4, 8)
     assert run.negative.shape == (4, 8) and run.data.paths[0].parent.name == "trajectories"
 

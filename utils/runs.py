@@ -44,10 +44,17 @@ def start_from(cfg):
 
 
 def trajectory_dirs(cfg):
-    """Where the teacher's trajectories may be: here, in the stage before, in stage 1 of this run or
-    of the run that it starts from."""
-    before = start_from(cfg)[0]
-    stages = (stage_dir(cfg), before, Path(cfg.out) / "stage1", before.parent / "stage1")
+    """Where the teacher's trajectories may be: here, in the stages that this one comes from, the
+    nearest first, in stage 1 of this run, or of the run that it starts from."""
+    before = folder = start_from(cfg)[0]
+    stages = [stage_dir(cfg)]
+    while folder not in stages and (folder / "config.json").is_file():
+        stages.append(folder)
+        settings = read_json(folder / "config.json")
+        if not isinstance(settings, dict) or settings.get("stage", 0) < 1:
+            break
+        folder = Path(settings.get("init") or folder.parent / f"stage{settings['stage'] - 1}")
+    stages += [Path(cfg.out) / "stage1", before.parent / "stage1"]
     return [stage / "trajectories" for stage in stages]
 
 

@@ -32,7 +32,7 @@ LIMITS = (  # least, most, in words, the settings that have to lie between
      "guidance dmd_weight dmd_diff_weight gan_weight gan_ratio ode_anchor probe_every r1r2_weight "
      "r1r2_sigma disc_weight grad_chunks"),
     (1e-12, INF, "above 0", "grad_clip eps shift train_shift score_shift gan_shift"),
-    (0, 1, "between 0 and 1", "ema text_drop lr_decay gan_t_max stop_spread turns"),
+    (0, 1, "between 0 and 1", "teacher_forcing ema text_drop lr_decay gan_t_max stop_spread turns"),
     (-INF, 1, "at most 1", "context_level"),
     (3, INF, "at least 3", "frames"),
     (0, 90, "between 0 and 90, or its clips would be held-out ones", "seed"))
@@ -228,8 +228,6 @@ def check_relatives(cfg):
     """What the relatives of AAD-1 switch on fits together."""
     passes = cfg.student_steps
     require(min(passes) >= 1, f"--student-steps {as_words(passes)}: numbers of passes, from 1 up")
-    require(cfg.stage < 2 or not cfg.teacher_forcing, "--teacher-forcing is for stages 0 and 1: "
-            "leave it out in later ones")
     if cfg.stage < 2:
         return
     for given, name in ((cfg.gan_interval, "--gan-interval"),
@@ -278,7 +276,7 @@ def validate(cfg):
     check_choice("disc_backbone", cfg.disc_backbone, ("own", "shared", "detached"))
     check_choice("gan_real", cfg.gan_real, ("data", "teacher", "more"))
     check_choice("ode_target", cfg.ode_target, ("end", "consistency"))
-    check_choice("ode_context", cfg.ode_context, ("noisy", "clean"))
+    check_choice("ode_context", cfg.ode_context, ("real", "clean", "noisy"))
     require(Path(cfg.tag).name == cfg.tag, f"--tag {cfg.tag} becomes part of a folder's name: use "
             "letters, digits and dashes")
     require(cfg.data != str(Path(cfg.out).resolve()), f"--out {cfg.out} is the folder of the "
