@@ -11,7 +11,7 @@ Rows that several tables share are trained once; give the same command again and
 was stopped.
 
     stages          real clips, teacher, stages 1 to 3, controls, 2 and 4 passes, without anchor
-    context         stage 1 on clean or noisy context, and what follows from either
+    context         stage 1 on real, clean or noisy earlier chunks, and what follows
     parts           DMD and the adversarial loss: cache gradient, low noise levels, anchor
     discriminators  causal or bidirectional, a logit a clip or a frame (the paper's table 3)
     lambda          the weight of R1 and R2 (figure 9)
@@ -69,14 +69,18 @@ LONGER = Row("control: stage 2 trained on, as many minutes", "stage2-longer", f"
 PURE2 = Row("stage 2 without anchor", "stage2-pure", "--ode-anchor 0", "stage1")
 PURE3 = Row("stage 3 from it, without anchor", "stage3-pure",
             "--ode-anchor 0 --init {out}/stage2-pure", "stage2-pure")
-NOISY = [  # from a stage 1 in which a chunk sees noisy states of earlier ones
-    Row("stage 1, noisy context", "stage1-noisy",
-        "--ode-context noisy --ode-point-weights 0.4 0.1 0.1 0.1 0.3", "stage0"),
-    Row("stage 2 from it", "stage2-noisy", "--init {out}/stage1-noisy", "stage1-noisy"),
-    Row("stage 3 from that, U[0, 1] shifted by 0.5, anchor 0.15", "stage3-noisy",
-        "--gan-t-max 1 --gan-shift 0.5 --ode-anchor 0.15 --init {out}/stage2-noisy",
-        "stage2-noisy"),
-    Row("its control", "stage2-noisy-control", f"--iters 150 {ON}-noisy", "stage2-noisy")]
+def started(context, flags=""):
+    """The recipe from a stage 1 whose chunks saw something else of earlier ones."""
+    return [Row(f"stage 1, {context} context", f"stage1-{context}",
+                f"--ode-context {context} {flags}", "stage0"),
+            Row("stage 2 from it", f"stage2-{context}", f"--init {{out}}/stage1-{context}",
+                f"stage1-{context}"),
+            Row("stage 3 from that", f"stage3-{context}", f"--init {{out}}/stage2-{context}",
+                f"stage2-{context}"),
+            Row("its control", f"stage2-{context}-control", f"--iters 150 {ON}-{context}",
+                f"stage2-{context}")]
+
+
 PUBLISHED = [Row(f"stage {n} as published", f"stage{n}-published", "--recipe published",
                  f"stage{n - 1}-published" if n > 1 else "stage0") for n in (1, 2, 3)]
 FROM1 = Row("stage 3 from stage 1", "stage3-from1", "--init {out}/stage1", "stage1")
@@ -115,10 +119,11 @@ def relative(recipe, *passes, stage=2, after="stage1", tag="", flags="", name=""
 
 
 FIRST = (4, 1), (4, 2)  # First-Frame Enhancement
-CAUSAL = "stage1-causal-teacher"
 STARTS = [  # the rows of the family that others start from
+    started("clean")[0],
     Row("causal teacher", "stage0-causal-teacher", "--recipe causal-teacher", "stage0"),
-    Row("stage 1, causal teacher", CAUSAL, "--recipe causal-teacher", "stage0-causal-teacher"),
+    Row("stage 1, causal teacher", "stage1-causal-teacher", "--recipe causal-teacher",
+        "stage0-causal-teacher"),
 ]
 FAMILY = [
     *RECIPE, *STARTS,
@@ -127,8 +132,8 @@ FAMILY = [
                "stage2-pure", (4, 1)),
     *relative("self-forcing", (1,), (2,), *FIRST), *relative("causvid", (1,), (2,), *FIRST),
     *relative("one-forcing", (4, 1)),
-    *relative("one-forcing", (4, 1), after=CAUSAL, tag="one-forcing-causal",
-              flags=f"--init {{out}}/{CAUSAL}", name="one-forcing, causal start"),
+    *relative("one-forcing", (4, 1), after="stage1-clean", tag="one-forcing-clean",
+              flags="--init {out}/stage1-clean", name="one-forcing, start of whole clips"),
     *relative("one-forcing", (4, 1), tag="one-forcing-frame", flags="--chunk 1 --grad-chunks 7",
               name="one-forcing, frame by frame"),
     *relative("asd", (1,), (2,), *FIRST), *relative("diagonal", (1,)),
@@ -141,7 +146,8 @@ TABLES = {
         Row("stage 3 at 2 passes", "stage3", after="stage3", steps=(2,)),
         Row("stage 3 at 4 passes", "stage3", after="stage3", steps=(4,)),
         PURE2, PURE3],
-    "context": [*RECIPE, CONTROL, *NOISY, *PUBLISHED],
+    "context": [*RECIPE, CONTROL, *started("clean"),
+                *started("noisy", "--ode-point-weights 0.4 0.1 0.1 0.1 0.3"), *PUBLISHED],
     "parts": [
         *RECIPE[:4], PURE2, PURE3, *parts(),
         Row("DMD, guidance 1.25", "stage2-guided", "--guidance 1.25", "stage1"),

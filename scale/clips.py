@@ -1,4 +1,5 @@
 """Clips beside a stage's steps: its data set, trajectories to learn from, a probe of futures."""
+import functools
 from dataclasses import asdict
 
 import torch
@@ -6,7 +7,7 @@ from tqdm import tqdm
 
 import losses as L
 from data import Draws, LatentFolder, dataset, held_out_ids
-from model import stream_mask
+from model import KVCache, chunk_bounds
 from sample import generate, sample_ode, with_cfg
 from scale.parallel import barrier, on_rank0, world
 from utils.errors import require
@@ -45,13 +46,13 @@ def make_trajectories(run):
         clip_ids = [cfg.seed * 10_000_000 + 5_000_000 + n for n in numbers]
         batch = run.batch(clip_ids, "trajectories")
         image = 0 if run.data.latent and run.data.only_text else cfg.first
-        teacher = run.nets["teacher"]
-        if cfg.ode_context == "real":  # all chunks at once, each on its own and a real past
-            teacher = L.on_clean_context(teacher, batch.x0, stream_mask(cfg))
-        velocity = with_cfg(teacher, batch.text, cfg.guidance, run.negative)
         noise, times = batch.draws.randn(*batch.x0.shape[1:]), L.schedule(cfg.ode_steps, cfg.shift)
         with run.autocast():
-            end, states = sample_ode(velocity, noise, batch.x0[:, :image], times, keep)
+            if cfg.ode_context == "real":
+                end, states = continue_clips(run, batch, noise, times, keep)
+            else:
+                velocity = with_cfg(run.nets["teacher"], batch.text, cfg.guidance, run.negative)
+                end, states = sample_ode(velocity, noise, batch.x0[:, :image], times, keep)
         if world()[0] % cfg.context_parallel == 0:  # the others of a group have made the same
             paths = torch.stack([*states, end], 1)
             for n, path, text, x0 in zip(numbers, paths, batch.text, batch.x0):
@@ -59,6 +60,27 @@ def make_trajectories(run):
                 save_finite(files[n], {"states": path, "text": text, **past})
     barrier()
     run.trajectories = files
+
+
+@torch.no_grad()
+def continue_clips(run, batch, noise, times, keep):
+    """What sample_ode() returns, but every chunk follows the teacher's ODE on its own, after the
+    real chunks before it."""
+    cfg, cache = run.cfg, KVCache(run.cfg.sink, run.cfg.window)
+    teacher = functools.partial(run.nets["teacher"], cache=cache)
+    velocity = with_cfg(teacher, batch.text, cfg.guidance, run.negative)
+    paths = []  # of the chunks, as lists of states
+    for start, end in chunk_bounds(cfg.frames, cfg.first, cfg.chunk):
+        real = batch.x0[:, start:end]
+        if end == cfg.first:  # the image
+            paths.append([real] * (len(keep) + 1))
+        else:
+            clean, states = sample_ode(velocity, noise[:, start:end], real[:, :0], times, keep)
+            paths.append([*states, clean])
+        velocity(real, L.make_timesteps(0.0, real, 0))  # the context pass
+        cache.commit()
+    *states, clean = (torch.cat(chunks, 1) for chunks in zip(*paths))
+    return clean, states
 
 
 def sample_clips(run, name, batch, draws, steps=None):

@@ -14,6 +14,7 @@ import sample
 import train
 from discriminator import Discriminator
 from experiments import plan
+from scale.clips import continue_clips
 from scale.recipes import FAMILY, stages_of
 from scale.run import Run
 from tests.common import (HERE, SMALL, Known, command, flow_to, inputs, largest_difference, logs,
@@ -408,6 +409,26 @@ def test_stage_1_shows_earlier_chunks_as_they_ended(context, tmp_path):
         assert (x[:, :7] == (9 if real else 4)).all() and (t[:, :8] == 0).all()
         assert (x[:, 7] == 4).all()  # the image
         assert mask[11:, :4].all() and not mask[11:, 4:11].any() and mask[11:, 11:].all()
+
+
+@pytest.mark.parametrize("guidance", (1, 2))
+def test_chunks_continue_real_clips_as_the_stream_does(guidance):
+    """Trajectories chunk by chunk, through the cache, are those of one masked pass over [clean |
+    noisy]; a chunk depends on the real chunks before it alone."""
+    run, keep = at_work(1, "--guidance", guidance), range(0, 8, 2)
+    batch, times = next(run.batches("ode")), L.schedule(8, 8.0)
+    for p in run.nets["teacher"].parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    noise = torch.randn_like(batch.x0)
+    teacher = L.on_clean_context(run.nets["teacher"], batch.x0, M.stream_mask(run.cfg))
+    velocity = sample.with_cfg(teacher, batch.text, guidance)
+    one = sample.sample_ode(velocity, noise, batch.x0[:, :1], times, keep)
+    two = continue_clips(run, batch, noise, times, keep)
+    for a, b in zip([one[0], *one[1]], [two[0], *two[1]]):
+        assert torch.allclose(a, b, atol=1e-4)
+    batch.x0[:, 1:4] += 1
+    moved = (continue_clips(run, batch, noise, times, keep)[0] - two[0]).abs().amax((0, 2, 3, 4))
+    assert (moved[:4] == 0).all() and (moved[4:] > 0.1).all()
 
 
 def test_a_share_of_the_teachers_steps_is_forced():
