@@ -71,14 +71,11 @@ PURE3 = Row("stage 3 from it, without anchor", "stage3-pure",
             "--ode-anchor 0 --init {out}/stage2-pure", "stage2-pure")
 def started(context, flags=""):
     """The recipe from a stage 1 whose chunks saw something else of earlier ones."""
-    return [Row(f"stage 1, {context} context", f"stage1-{context}",
-                f"--ode-context {context} {flags}", "stage0"),
-            Row("stage 2 from it", f"stage2-{context}", f"--init {{out}}/stage1-{context}",
-                f"stage1-{context}"),
-            Row("stage 3 from that", f"stage3-{context}", f"--init {{out}}/stage2-{context}",
-                f"stage2-{context}"),
-            Row("its control", f"stage2-{context}-control", f"--iters 150 {ON}-{context}",
-                f"stage2-{context}")]
+    one, two, start = f"stage1-{context}", f"stage2-{context}", f"from {context} context"
+    return [Row(f"stage 1, {context} context", one, f"--ode-context {context} {flags}", "stage0"),
+            Row(f"stage 2 {start}", two, f"--init {{out}}/{one}", one),
+            Row(f"stage 3 {start}", f"stage3-{context}", f"--init {{out}}/{two}", two),
+            Row(f"control {start}", f"{two}-control", f"--iters 150 {ON}-{context}", two)]
 
 
 PUBLISHED = [Row(f"stage {n} as published", f"stage{n}-published", "--recipe published",

@@ -49,11 +49,14 @@ def test_planned_bytes_are_those_of_the_run(stage, more):
     (0, []), (2, ["--activation-checkpointing"]), (3, ["--dtype", "bfloat16"])])
 def test_planned_activations_are_those_of_a_run(stage, more):
     """The step on tensors without memory against PyTorch's own record of a real one; no stage of
-    the plan holds on to anything."""
+    the plan holds on to anything. At the peak of a stage with an anchor the student's gradients of
+    its other terms are there; the plan counts gradients apart."""
     cfg = replace(small_config(stage, *more), student_start=0)
     _, peak = bench.measured_step(cfg)
     planned, flops, tokens = plan.rehearse(cfg, 1)
-    assert planned == pytest.approx(peak, rel=0.02) and flops > 0 and tokens == 7 * 16
+    apart = plan.static_bytes(cfg, 1)["gradients"] if cfg.ode_anchor else 0
+    assert 0.98 * planned <= peak <= 1.02 * planned + apart
+    assert flops > 0 and tokens == 7 * 16
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ STAGES = {  # a stage with switches that no recipe of the default run sets
     "interval": (3, "--student-steps 2 --gan-interval --ode-anchor 0 --disc-causal "
                     "--disc-granularity frame --sink 2 --window 3"),
     "both terms": (3, "--dmd-weight 1 --gan-weight 2 --gan-ratio 0.5 --context-level 0.2 "
-                      "--gan-real teacher --no-cache-grad"),
+                      "--no-cache-grad"),
 }
 RECIPES = {  # the stages that a relative changes; each starts from the run
     "self-forcing": [2], "causvid": [2], "one-forcing": [2], "asd": [2], "diagonal": [2],

@@ -115,7 +115,7 @@ def test_every_clip_of_a_stage_is_a_new_one():
 def test_trajectories_are_guided_and_have_their_own_captions(tmp_path):
     """A teacher whose clip has the mean of its caption, guided by 2: a trajectory goes from noise
     to twice the mean of the caption in its file, and keeps its image."""
-    run = rehearsal(1, "--guidance", 2, "--micro-batch", 3)
+    run = rehearsal(1, "--guidance", 2, "--micro-batch", 3, "--ode-context", "clean")
     run.dir, run.data = tmp_path, SimpleNamespace(latent=False)
 
     def answer(x, t, text):
