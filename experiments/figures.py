@@ -153,14 +153,15 @@ def masks(assets, _):
 
 
 LEVELS = r",\,".join(f"{t:.2g}" for t in schedule(TrainConfig.ode_points, Config.shift))
-ANCHOR = {n: ("anchor: a small regression",
-              rf"$+\;{RECIPES['toy'][n]['ode_anchor']:g}\;\|\,x - x_{{\mathrm{{end}}}}\,\|^2$")
+DISTANCE = r"\|\,G(\epsilon, 1) - x_{\mathrm{end}}\,\|^2"
+ANCHOR = {n: ("anchor: a small regression", rf"$+\;{RECIPES['toy'][n]['ode_anchor']:g}\;{DISTANCE}$")
           for n in (2, 3)}
 RECIPE = [  # of every stage its networks, data and [(loss, formula)]
-    (["teacher trained"], "real clips, captions",
+    (["teacher trained"], "clips with captions, whole, or\nin chunks after a clean past",
      [("flow matching", r"$\|\,v(x_t, t) - (\epsilon - x_0)\,\|^2$"),
       ("where", r"$x_t = (1 - t)\,x_0 + t\,\epsilon$")]),
-    (["student trained", "teacher frozen"], "the teacher's ODE paths,\nfrom noise to a clean end",
+    (["student trained", "teacher frozen"],
+     "the teacher's ODE paths, of\nchunks that follow real clips",
      [("regression to the path's end", r"$\|\,G(x_t, t) - x_{\mathrm{end}}\,\|^2$"),
       ("own level a chunk, clean past", rf"$t \in \{{{LEVELS}\}}$")]),
     (["student trained", "fake score trained", "real score frozen"], "the student's rollouts $x$",
