@@ -154,8 +154,8 @@ def masks(assets, _):
 
 LEVELS = r",\,".join(f"{t:.2g}" for t in schedule(TrainConfig.ode_points, Config.shift))
 DISTANCE = r"\|\,G(\epsilon, 1) - x_{\mathrm{end}}\,\|^2"
-ANCHOR = {n: ("anchor: a small regression", rf"$+\;{RECIPES['toy'][n]['ode_anchor']:g}\;{DISTANCE}$")
-          for n in (2, 3)}
+ANCHOR = {n: ("anchor: a small regression",
+              rf"$+\;{RECIPES['toy'][n]['ode_anchor']:g}\;{DISTANCE}$") for n in (2, 3)}
 RECIPE = [  # of every stage its networks, data and [(loss, formula)]
     (["teacher trained"], "clips with captions, whole, or\nin chunks after a clean past",
      [("flow matching", r"$\|\,v(x_t, t) - (\epsilon - x_0)\,\|^2$"),
