@@ -173,15 +173,15 @@ class Run:
 
     def trajectory(self, draws):
         """Teacher trajectories for a batch: states (b, points + 1, f, c, h, w), texts, and clips
-        (b, f, c, h, w) whose chunks are the clean past of later ones: with --ode-context real the
-        clips that were continued, else the trajectories' own ends; None if all chunks are noisy."""
+        (b, f, c, h, w) whose chunks are the clean past of later ones: the clips that were
+        continued, or the ends of whole-clip trajectories; None with --ode-context noisy."""
         numbers = (draws.rand(1)[:, 0] * len(self.trajectories)).long().tolist()
         rows = [read_finite(self.trajectories[n]) for n in numbers]
         text = pad_sequence([row["text"] for row in rows], batch_first=True).to(self.device)
         states = torch.stack([row["states"] for row in rows]).to(self.device)
         if "context" in rows[0]:
             return states, text, torch.stack([row["context"] for row in rows]).to(self.device)
-        return states, text, states[:, -1] if self.cfg.ode_context == "clean" else None
+        return states, text, None if self.cfg.ode_context == "noisy" else states[:, -1]
 
     # ---- losses and updates
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import data
 import losses as L
 import model as M
 import sample
@@ -429,6 +430,16 @@ def test_chunks_continue_real_clips_as_the_stream_does(guidance):
     batch.x0[:, 1:4] += 1
     moved = (continue_clips(run, batch, noise, times, keep)[0] - two[0]).abs().amax((0, 2, 3, 4))
     assert (moved[:4] == 0).all() and (moved[4:] > 0.1).all()
+
+
+def test_the_anchor_sees_the_past_that_its_trajectories_have(tmp_path):
+    """From a stage 1 of whole clips their ends, whatever stage 2's own --ode-context is."""
+    run = at_work(2)
+    states = torch.randn(5, 7, 8, 8, 8)
+    run.trajectories = [tmp_path / "0.safetensors"]
+    for more, past in (({}, states[-1]), ({"context": states[0] + 1}, states[0] + 1)):
+        save_file({"states": states, "text": torch.zeros(6, 32), **more}, run.trajectories[0])
+        assert torch.equal(Run.trajectory(run, data.Draws([3], "x"))[2], past[None])
 
 
 def test_a_share_of_the_teachers_steps_is_forced():
