@@ -183,9 +183,9 @@ def test_bad_latents_are_one_sentence(tmp_path, capsys, latents, text, message):
 
 
 @pytest.mark.slow
-def test_videos_and_captions_become_latents(tmp_path, capsys):
-    """A VAE and a text encoder of the real kinds; unreadable files are listed, a second call has
-    nothing left to do."""
+def encode_clips(tmp_path):
+    """Encode a folder of clips, some of them bad, by a VAE and a text encoder of the real kinds;
+    returns the command's words."""
     small_vae_and_text_encoder(tmp_path)
     (tmp_path / "clips").mkdir()
     for name, frames in (("a.mp4", 23), ("b.gif", 9), ("short.mp4", 5)):
@@ -196,6 +196,12 @@ def test_videos_and_captions_become_latents(tmp_path, capsys):
                str(tmp_path / "vae"), "--text-encoder", str(tmp_path / "umt5"), "--size", "32x48",
                "--frames", "9", "--fps", "0"]
     encode.main(command)
+    return command
+
+
+def test_videos_and_captions_become_latents(tmp_path, capsys):
+    """Unreadable files are listed; a second call has nothing left to do."""
+    command = encode_clips(tmp_path)
     said = capsys.readouterr().out
     complaints = ("3 clips", "broken.mp4 cannot be read",
                   "short.mp4 is shorter than a clip of 9 frames")
@@ -226,6 +232,11 @@ def test_videos_and_captions_become_latents(tmp_path, capsys):
                  "--text-encoder", str(tmp_path / "umt5")])
     assert torch.equal(load_file(tmp_path / "texts/000000.safetensors")["text"],
                        clips["a.mp4-0000"]["text"])
+
+
+def test_a_student_of_encoded_clips_is_sampled(tmp_path):
+    """From videos to a stage, and from a photo or a caption alone to a video."""
+    encode_clips(tmp_path)
     (tmp_path / "latents").rename(tmp_path / "mine")
     small_wan(tmp_path)
     train.main(["--stage", "1", "--teacher", str(tmp_path / "wan"), "--data",
