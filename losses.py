@@ -96,7 +96,7 @@ def states_at(path, point):
 def on_clean_context(velocity, clean, mask):
     """A network whose chunks see the clean chunks before them, and themselves as they are, in one
     pass over [clean | x_t] (teacher forcing): callable (x_t, t, text) -> flow. Such a pass equals
-    cached inference on a clean history.
+    cached inference on a clean history, with positions that are frame numbers.
 
     clean: (b, f, c, h, w); mask: (f, f) bool, block-causal."""
     f, own = clean.shape[1], mask & mask.T  # frames of one chunk see each other

@@ -93,7 +93,7 @@ class TrainConfig(Config):
     ode_steps: int = 8              # Euler steps of a trajectory
     ode_points: int = 4             # states of a trajectory that are kept
     ode_point_weights: tuple = (0.7, 0.1, 0.1, 0.1, 0.0)  # how often each; last: the clean end
-    ode_context: str = "real"       # what chunks continue: real, clean (own past) or noisy (paper)
+    ode_context: str = "real"       # past of a chunk: real clip, clean end or noisy state (paper)
     ode_target: str = "end"         # end of the trajectory, or consistency with its next state
     guidance: float = 1.0           # classifier-free guidance of the teacher; 1: none
     # stages 2 and 3: the student's own rollouts
@@ -183,8 +183,8 @@ def teacher_step(run):
 
 
 def ode_loss(run, draws, weights):
-    """From the teacher's trajectories, every chunk at its own level, to their clean ends (paper eq.
-    3). A chunk sees what the stream will show it: by its mask, in a clean context.
+    """Regression of every chunk, at its own level, onto its trajectory's clean end (paper eq. 3).
+    The mask shows it the frames that the stream will, and --ode-context says in which form.
     weights: how often a chunk starts from each kept state; the first is pure noise."""
     cfg = run.cfg
     times = torch.tensor([*L.schedule(cfg.ode_points, cfg.shift), 0.0], device=run.device)
@@ -329,8 +329,8 @@ TERMS = {"dmd": dmd_term, "gan": gan_term}  # each takes (run, x, batch, draws, 
 
 
 def anchor_step(run, batch):
-    """Backpropagate stage 1's regression from pure noise. DMD and the adversarial loss do not mind
-    when two seeds end in one future; here it costs (DMD, 2311.18828, eq. 9)."""
+    """Backpropagate stage 1's regression from pure noise (DMD, 2311.18828, eq. 9). DMD and the
+    adversarial loss allow two seeds one future; this penalises it."""
     loss = ode_loss(run, run.draws(batch.clip_ids, "anchor"), (1.0,))
     (run.cfg.ode_anchor * run.batch_part(loss, batch)).backward()
     return {"anchor": loss.detach()}
@@ -382,8 +382,8 @@ def disc_step(run, clips, update, exit_step):
 
 
 def student_backward(run, x, batch, exit_step):
-    """Backpropagate all terms through the rollout that made x; returns their numbers. A term gives
-    its gradient with respect to the clip; x.backward() carries the weighted sum to the student."""
+    """Backpropagate all terms through the rollout that made x, then the anchor; returns their
+    numbers. A term gives its gradient with respect to the clip; x.backward() carries the sum on."""
     cfg, numbers, grads = run.cfg, {}, {}
     weights = {"dmd": cfg.dmd_weight, "gan": cfg.gan_weight * judged(cfg, exit_step)}
     for name, term in TERMS.items():

@@ -16,7 +16,7 @@ from utils.files import clips_in, save_finite
 
 def open_dataset(cfg, trajectory_folders):
     """dataset(cfg), with latents checked against the network. Captions alone serve stage 1, and
-    stage 2 without an image or with stage 1's trajectories, whose ends are clips; or UsageError."""
+    stage 2 without an image or with stage 1's trajectories, which hold clips; or UsageError."""
     data = dataset(cfg)
     if not data.latent:
         return data
@@ -69,7 +69,7 @@ def make_trajectories(run):
 def continue_clips(run, batch, noise, times, keep):
     """What sample_ode() returns, but every chunk follows the teacher's ODE on its own, after the
     real chunks before it."""
-    cfg, cache = run.cfg, KVCache(run.cfg.sink, run.cfg.window)
+    cfg, cache = run.cfg, KVCache(run.cfg.sink, run.cfg.window, relative=False)  # as in training
     teacher = functools.partial(run.nets["teacher"], cache=cache)
     velocity = with_cfg(teacher, batch.text, cfg.guidance, run.negative)
     paths = []  # of the chunks, as lists of states

@@ -66,8 +66,8 @@ class Run:
         torch.manual_seed(cfg.seed)
 
     def find_trajectories(self):
-        """The teacher's trajectories. Where whole clips are wanted (--gan-real teacher) a causal
-        teacher's are passed over: each of their chunks continues a real past."""
+        """The teacher's trajectories. Where whole clips are wanted (--gan-real teacher) those that
+        continue real clips are passed over."""
         whole = self.cfg.stage > 1 and self.cfg.gan_weight and self.cfg.gan_real == "teacher"
         for folder in trajectory_dirs(self.cfg):
             files = clips_in(folder)
@@ -86,6 +86,15 @@ class Run:
                 "or use --gan-real data")
         require(not cfg.ode_anchor or self.trajectories, "--ode-anchor needs the teacher's "
                 f"trajectories, and {last} has none: train stage 1, or use --ode-anchor 0")
+        if not (real or cfg.ode_anchor):
+            return
+        folder, first = self.trajectories[0].parent, read_tensors(self.trajectories[0])
+        made = *first["states"].shape[:2], (read_settings(folder.parent) or {}).get("chunk", 0)
+        wanted = cfg.ode_points + 1, cfg.frames, cfg.chunk if "context" in first else made[2]
+        require(made == wanted, f"{folder} has {made[0] - 1} --ode-points of {made[1]} --frames in "
+                f"chunks of {made[2]} --chunk, this stage {wanted[0] - 1}, {wanted[1]} and "
+                f"{wanted[2]}: train stage 1 with the same, or leave out what needs its "
+                "trajectories (--ode-anchor 0, --gan-real data)")
 
     # ---- networks
 

@@ -412,28 +412,28 @@ def test_stage_1_shows_earlier_chunks_as_they_ended(context, tmp_path):
         assert mask[11:, :4].all() and not mask[11:, 4:11].any() and mask[11:, 11:].all()
 
 
-@pytest.mark.parametrize("guidance", (1, 2))
-def test_chunks_continue_real_clips_as_the_stream_does(guidance):
+@pytest.mark.parametrize("flags", ("--guidance 1", "--guidance 2", "--frames 13 --window 3"))
+def test_chunks_continue_real_clips_as_the_teacher_has_learnt(flags):
     """Trajectories chunk by chunk, through the cache, are those of one masked pass over [clean |
-    noisy]; a chunk depends on the real chunks before it alone."""
-    run, keep = at_work(1, "--guidance", guidance), range(0, 8, 2)
+    noisy], also when frames leave the cache; a chunk depends on the real chunks before it alone."""
+    run, keep = at_work(1, *flags.split()), range(0, 8, 2)
     batch, times = next(run.batches("ode")), L.schedule(8, 8.0)
     for p in run.nets["teacher"].parameters():
         torch.nn.init.normal_(p, std=0.2)
     noise = torch.randn_like(batch.x0)
     teacher = L.on_clean_context(run.nets["teacher"], batch.x0, M.stream_mask(run.cfg))
-    velocity = sample.with_cfg(teacher, batch.text, guidance)
+    velocity = sample.with_cfg(teacher, batch.text, run.cfg.guidance)
     one = sample.sample_ode(velocity, noise, batch.x0[:, :1], times, keep)
     two = continue_clips(run, batch, noise, times, keep)
     for a, b in zip([one[0], *one[1]], [two[0], *two[1]]):
         assert torch.allclose(a, b, atol=1e-4)
     batch.x0[:, 1:4] += 1
     moved = (continue_clips(run, batch, noise, times, keep)[0] - two[0]).abs().amax((0, 2, 3, 4))
-    assert (moved[:4] == 0).all() and (moved[4:] > 0.1).all()
+    assert (moved[:4] == 0).all() and (moved[4:7] > 0.1).all()
 
 
 def test_the_anchor_sees_the_past_that_its_trajectories_have(tmp_path):
-    """From a stage 1 of whole clips their ends, whatever stage 2's own --ode-context is."""
+    """From a stage 1 of whole clips their ends, also at stage 2's default, --ode-context real."""
     run = at_work(2)
     states = torch.randn(5, 7, 8, 8, 8)
     run.trajectories = [tmp_path / "0.safetensors"]
@@ -564,6 +564,16 @@ def test_chunks_that_continue_real_clips_are_no_whole_clips(causal):
     teachers = train.parse([*flags, "--recipe", "one-forcing", "--gan-real", "teacher"])
     with pytest.raises(UsageError, match="whole clips.*train stage 1 with --ode-context clean"):
         Run(train.make_config(teachers, 2), train.new_network)
+
+
+@pytest.mark.parametrize("flags", ("--ode-points 2", "--frames 10", "--chunk 1 --frames 7"))
+def test_trajectories_have_to_fit(causal, flags):
+    """Other states, frames or chunks than stage 1's are refused before a step is made."""
+    given = train.parse(["--out", str(causal), *SMALL, *flags.split()])
+    if "ode_points" in given:
+        given["ode_point_weights"] = (1.0, 0.0, 0.0)
+    with pytest.raises(UsageError, match="has 4 --ode-points of 7 --frames in chunks of 3 --chunk"):
+        Run(train.make_config(given, 2), train.new_network)
 
 
 def test_no_noise_leaves_the_penalties(monkeypatch):

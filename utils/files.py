@@ -111,11 +111,11 @@ def save_finite(path, tensors):
 
 def read_clip(path, network, frames, only_text=False):
     """An encoded clip: a dict with `text` (l, d) and, unless `only_text`, `latents` (f, c, h, w),
-    the end of a trajectory if that is what the file holds. UsageError unless it fits `network`, a
-    Config, and has at least `frames` latent frames."""
+    of a trajectory its end or the real clip that it continues. UsageError unless it fits `network`,
+    a Config, and has at least `frames` latent frames."""
     clip = read_finite(path)
     if "states" in clip:
-        clip["latents"] = clip["states"][-1]
+        clip["latents"] = clip.get("context", clip["states"][-1])
     text, latents = clip.get("text"), clip.get("latents")
     complete = only_text or latents is not None and latents.ndim == 4
     require(text is not None and text.ndim == 2 and complete, f"{path} holds no clip, which is "
