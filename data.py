@@ -242,7 +242,7 @@ class VideoFolder:
 class LatentFolder:
     """Encoded clips, for Wan scale: .safetensors files of `latents` (f, c, h, w) and `text` (l, d).
     A clip is the first `frames` frames of a file: the first latent of a video VAE is special.
-    Files may hold `text` alone, or be a teacher's trajectories (`states`, the last one a clip).
+    Files may hold `text` alone, or be a teacher's trajectories (`states`, see read_clip).
     Raises UsageError that names the file."""
     latent = True
 

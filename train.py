@@ -7,7 +7,7 @@
     python train.py --data DIR_OF_MP4 --out out/mine      the same on your own clips
     torchrun --nproc_per_node 2 train.py --stage 3        FSDP2, gloo on CPU, NCCL on GPUs
 
-    stage 0   teacher        flow matching on real clips, bidirectional
+    stage 0   teacher        flow matching on real clips, whole or continued
     stage 1   ODE init       regression onto the teacher's ODE, block-causal       paper eq. 3
     stage 2   DMD warm-up    distribution matching on the student's own rollouts   paper eq. 4-6
     stage 3   adversarial    a bidirectional discriminator, one logit per clip     paper eq. 7-10
