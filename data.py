@@ -69,9 +69,8 @@ class Draws:
 
     def choice(self, weights, *shape):
         """(b, *shape) indices, drawn with probability proportional to `weights`."""
-        p = torch.tensor(weights, dtype=torch.float64)
-        number = int(np.prod(shape))
-        return self._each(lambda g: torch.multinomial(p, number, True, generator=g).view(shape))
+        p, n = torch.tensor(weights, dtype=torch.float64), int(np.prod(shape))
+        return self._each(lambda g: torch.multinomial(p, n, True, generator=g).view(shape))
 
 
 # ---------------------------------------------------------------- the toy world

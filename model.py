@@ -161,8 +161,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = cfg.num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))
-        self.norm_q = nn.RMSNorm(cfg.dim, eps=cfg.eps)  # over the whole width, not per head
-        self.norm_k = nn.RMSNorm(cfg.dim, eps=cfg.eps)
+        # over the whole width, not per head
+        self.norm_q, self.norm_k = (nn.RMSNorm(cfg.dim, eps=cfg.eps) for _ in range(2))
 
     def qkv(self, x, context):
         """Queries of x, keys and values of `context`, each (..., heads, d)."""
@@ -353,10 +353,9 @@ class KVCache:
         frames = self.present[0][0].shape[1]
         self.kept += range(self.committed, self.committed + frames)
         self.committed += frames
-        layers = self.present
-        if self.past is not None:
-            layers = [(torch.cat([pk, k], 1), torch.cat([pv, v], 1))
-                      for (pk, pv), (k, v) in zip(self.past, self.present)]
+        layers = self.present if self.past is None else [
+            (torch.cat([pk, k], 1), torch.cat([pv, v], 1))
+            for (pk, pv), (k, v) in zip(self.past, self.present)]
         oldest = 0 if self.window is None else len(self.kept) - self.window  # of the window
         keep = [i for i in range(len(self.kept)) if i < self.sink or i >= oldest]
         if len(keep) < len(self.kept):

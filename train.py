@@ -28,7 +28,7 @@ import losses as L
 from discriminator import Discriminator, disc_outputs, has_heads
 from model import PRESETS, Config, build, stream_mask
 from sample import rollout, with_cfg
-from scale.clips import make_trajectories, probe_spread
+from scale.clips import denoised_clip, make_trajectories, probe_spread
 from scale.parallel import averaged, on_rank0, processes, say, world
 from scale.pictures import draw_preview, draw_samples
 from scale.recipes import WAN_RECIPES, changes, control_of, stages_of
@@ -103,6 +103,7 @@ class TrainConfig(Config):
     context_level: float = 0.0      # noise level of chunks in the cache; below 0: no context pass
     cache_grad: bool = False        # gradients through the context passes (Self Gradient Forcing)
     ode_anchor: float = 0.0         # weight of stage 1's regression from pure noise
+    reference_weight: float = 0.0   # weight of the pull to where the starting student put things
     dmd_weight: float = 0.0         # weight of the DMD term
     dmd_diff_weight: float = 0.0    # weight of DMD on differences of frames, relative to plain DMD
     gan_weight: float = 0.0         # weight of the adversarial term
@@ -142,8 +143,9 @@ RECIPES = {  # preset -> stage -> what differs from the defaults; docs/results.m
         1: dict(iters=1000, muon_lr=0.01, lr_decay=0.5, ode_steps=16),
         2: dict(iters=320, dmd_weight=1.0, lr=6e-4, betas=(0.5, 0.99), lr_warmup=15, lr_decay=0.5,
                 ema=0.97, cache_grad=True, ode_anchor=0.15),
-        3: dict(iters=270, gan_weight=1.0, lr=5e-5, betas=(0.0, 0.99), lr_warmup=15, lr_decay=0.5,
-                ema=0.97, backbone_lr=1e-4, student_start=120, gan_t_max=0.3, ode_anchor=0.5),
+        3: dict(iters=270, gan_weight=1.0, dmd_weight=1.0, reference_weight=2.0, lr=5e-5,
+                betas=(0.0, 0.99), lr_warmup=15, lr_decay=0.5, ema=0.97, disc_lr=4e-4,
+                backbone_lr=2e-4, disc_updates=1, student_start=120, gan_t_max=0.3),
     },
     **WAN_RECIPES,
 }
@@ -212,28 +214,15 @@ def ode_step(run):
 
 
 # ---------------------------------------------------------------- stages 2 and 3
-def student_clip(run, x, text, draws, exit_step=None, grad=False):
+def student_clip(run, x, text, draws, exit_step=None, grad=False, name="student"):
     """The student's own clip (b, f, c, h, w), from the image of the clips x. See rollout()."""
     cfg = run.cfg
     with run.autocast():
-        chunks = rollout(run.nets["student"], x[:, :cfg.first], text,
+        chunks = rollout(run.nets[name], x[:, :cfg.first], text,
                          lambda n: draws.randn(n, *x.shape[2:]), cfg.frames, cfg.student_steps,
                          exit_step=exit_step, grad=grad, context_level=cfg.context_level,
                          cache_grad=cfg.cache_grad, grad_chunks=cfg.grad_chunks)
         return torch.cat(list(chunks), 1)
-
-
-def denoised_clip(run, batch, grad):
-    """CausVid's clip (2412.07772): no rollout, but real clips noised chunk by chunk to levels of
-    the student's schedule, and denoised in one masked pass. Its context is never its own."""
-    cfg, x0 = run.cfg, batch.x0
-    times = torch.tensor(L.schedule(cfg.student_steps[0], cfg.shift), device=run.device)
-    level = batch.draws.choice([1.0] * len(times), (cfg.frames - cfg.first) // cfg.chunk)
-    t = L.to_frames(times[level], 0.0, cfg)
-    x_t = L.add_noise(x0, batch.draws.randn(*x0.shape[1:]), t)
-    with torch.set_grad_enabled(grad), run.autocast():
-        flow = run.nets["student"](x_t, t, batch.text, mask=stream_mask(cfg))
-    return L.x0_from_flow(x_t, flow, t)
 
 
 def real_clips(run, batch, exit_step):
@@ -325,12 +314,21 @@ def gan_term(run, x, batch, draws, exit_step):
     return grad, {"gan": len(x) * grad.flatten(1).norm(dim=1).mean()}
 
 
-TERMS = {"dmd": dmd_term, "gan": gan_term}  # each takes (run, x, batch, draws, exit_step)
+def reference_term(run, x, batch, draws, exit_step):
+    """Gradient of the squared distance, in quarters of a frame, to the clip that the student at
+    the stage's start makes of the same noise: shapes may be repainted, futures stay."""
+    k, same = run.cfg.first, run.draws(batch.clip_ids, "roll")  # the rollout's noise
+    start = student_clip(run, x, batch.text, same, exit_step, name="reference")
+    clip = x[:, k:].clone().requires_grad_()
+    loss = (L.quarters(clip) - L.quarters(start[:, k:])).square().mean()
+    return torch.autograd.grad(loss, clip)[0], {"reference": loss.detach()}
+
+
+TERMS = {"dmd": dmd_term, "gan": gan_term, "reference": reference_term}
 
 
 def anchor_step(run, batch):
-    """Backpropagate stage 1's regression from pure noise (DMD, 2311.18828, eq. 9). DMD and the
-    adversarial loss allow two seeds one future; this penalises it."""
+    """Backpropagate stage 1's regression from pure noise (DMD, 2311.18828, eq. 9): futures stay."""
     loss = ode_loss(run, run.draws(batch.clip_ids, "anchor"), (1.0,))
     (run.cfg.ode_anchor * run.batch_part(loss, batch)).backward()
     return {"anchor": loss.detach()}
@@ -385,14 +383,15 @@ def student_backward(run, x, batch, exit_step):
     """Backpropagate all terms through the rollout that made x, then the anchor; returns their
     numbers. A term gives its gradient with respect to the clip; x.backward() carries the sum on."""
     cfg, numbers, grads = run.cfg, {}, {}
-    weights = {"dmd": cfg.dmd_weight, "gan": cfg.gan_weight * judged(cfg, exit_step)}
+    weights = {"dmd": cfg.dmd_weight, "gan": cfg.gan_weight * judged(cfg, exit_step),
+               "reference": cfg.reference_weight}
     for name, term in TERMS.items():
         if weights[name]:
             draws = run.draws(batch.clip_ids, name)
             grads[name], values = term(run, x.detach(), batch, draws, exit_step)
             numbers |= values
-    if cfg.gan_ratio and len(grads) == 2:  # the adversarial norm relative to DMD's, clip by clip
-        dmd, gan = (L.expand_t(g.flatten(1).norm(dim=1, keepdim=True)) for g in grads.values())
+    if cfg.gan_ratio and {"dmd", "gan"} <= grads.keys():  # its norm relative to DMD's, per clip
+        dmd, gan, *_ = (L.expand_t(g.flatten(1).norm(dim=1, keepdim=True)) for g in grads.values())
         grads["gan"] *= cfg.gan_ratio * dmd / gan.clamp_min(1e-12)
     if grads:
         direction = sum(weights[name] * grad for name, grad in grads.items())
@@ -442,6 +441,7 @@ def networks(cfg):
     nets = {"ema": ("student", []), "student": ("student", [("", cfg.lr)])}
     if cfg.stage == 1 or cfg.stage > 1 and cfg.dmd_weight:
         nets["teacher"] = ("teacher", [])
+    nets |= {"reference": ("student", [])} if cfg.stage > 1 and cfg.reference_weight else {}
     heads, parts = ("heads.", "norm.", "out."), ("patch_", "text_", "time_", "blocks.")
     if cfg.stage > 1 and cfg.dmd_weight:
         nets["fake"] = ("fake", [("", cfg.fake_lr)])

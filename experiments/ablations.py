@@ -12,7 +12,7 @@ was stopped.
 
     stages          real clips, teacher, stages 1 to 3, controls, 2 and 4 passes, without anchor
     context         stage 1 on real, clean or noisy earlier chunks, and what follows
-    parts           DMD and the adversarial loss: cache gradient, low noise levels, anchor
+    parts           terms of stages 2 and 3, cache gradient, low noise levels
     discriminators  causal or bidirectional, a logit a clip or a frame (the paper's table 3)
     lambda          the weight of R1 and R2 (figure 9)
     warmup          stage 3 from stage 1 and from stage 2 (table 2)
@@ -63,12 +63,14 @@ RECIPE = [REAL, TEACHER, STAGE1, STAGE2, STAGE3]
 ON = "--student-start 0 --stop-spread 0 --init {out}/stage2"
 CONTROL = Row("control: stage 2 trained on, as many steps", "stage2-control", f"--iters 150 {ON}",
               "stage2")
-# a step of stage 3 takes about twice as long as one of stage 2, one without the student 1.6 times
+# a step of stage 3 takes about twice as long as one of stage 2, one without the student 1.5 times
 LONGER = Row("control: stage 2 trained on, as many minutes", "stage2-longer", f"--iters 480 {ON}",
              "stage2")
 PURE2 = Row("stage 2 without anchor", "stage2-pure", "--ode-anchor 0", "stage1")
-PURE3 = Row("stage 3 from it, without anchor", "stage3-pure",
-            "--ode-anchor 0 --init {out}/stage2-pure", "stage2-pure")
+ALONE = Row("stage 3, the adversarial loss alone", "stage3-alone",
+            "--dmd-weight 0 --reference-weight 0", "stage2")
+
+
 def started(context, flags=""):
     """The recipe from a stage 1 whose chunks saw something else of earlier ones."""
     one, two, start = f"stage1-{context}", f"stage2-{context}", f"from {context} context"
@@ -81,24 +83,6 @@ def started(context, flags=""):
 PUBLISHED = [Row(f"stage {n} as published", f"stage{n}-published", "--recipe published",
                  f"stage{n - 1}-published" if n > 1 else "stage0") for n in (1, 2, 3)]
 FROM1 = Row("stage 3 from stage 1", "stage3-from1", "--init {out}/stage1", "stage1")
-
-
-def parts():
-    """DMD from stage 1 and the adversarial loss from stage 2: cache gradient x levels x anchor."""
-    rows = []
-    levels_of = (2, "DMD", "--score-shift"), (3, "adversarial", "--gan-t-max 1 --gan-shift")
-    for stage, what, level in levels_of:
-        for cache in (False, True):
-            for shift, levels in ((1.0, "all levels"), (0.3, "low levels")):
-                for anchor in (0.0, 0.15):
-                    with_cache = "with" if cache else "no"
-                    name = f"{what}, {levels}, {with_cache} cache gradient, anchor {anchor:g}"
-                    tag = f"stage{stage}-{'c' if cache else 'n'}{shift:g}a{anchor:g}"
-                    cache_flag = "--cache-grad" if cache else "--no-cache-grad"
-                    flags = f"{cache_flag} {level} {shift:g} --ode-anchor {anchor:g}"
-                    flags += " --stop-spread 0"
-                    rows.append(Row(name, tag, flags, f"stage{stage - 1}"))
-    return rows
 
 
 def stage3(name, tag, flags):
@@ -115,6 +99,19 @@ def relative(recipe, *passes, stage=2, after="stage1", tag="", flags="", name=""
               for steps in passes)]
 
 
+PARTS = [  # of stages 2 and 3, one change at a time
+    *(Row(f"stage 2, {name}", f"stage2-{tag}", flags, "stage1") for name, tag, flags in (
+        ("no gradient through the cache", "nocache", "--no-cache-grad"),
+        ("low levels (shift 0.3)", "low", "--score-shift 0.3 --stop-spread 0"),
+        ("low levels, no anchor", "lowa0", "--score-shift 0.3 --ode-anchor 0 --stop-spread 0"),
+        ("guidance 1.25", "guided", "--guidance 1.25"),
+        ("differences of frames too (weight 4)", "flow", "--dmd-diff-weight 4"))),
+    stage3("stage 3, no reference", "noref", "--reference-weight 0"),
+    stage3("stage 3, stage 2's anchor in its place", "anchored",
+           "--reference-weight 0 --ode-anchor 0.5"),
+    stage3("stage 3, no DMD", "nodmd", "--dmd-weight 0"),
+    stage3("stage 3, gradient through the cache", "cache", "--cache-grad"),
+    ALONE]
 FIRST = (4, 1), (4, 2)  # First-Frame Enhancement
 STARTS = [  # the rows of the family that others start from
     started("clean")[0],
@@ -142,38 +139,34 @@ TABLES = {
         *RECIPE, CONTROL, LONGER,
         Row("stage 3 at 2 passes", "stage3", after="stage3", steps=(2,)),
         Row("stage 3 at 4 passes", "stage3", after="stage3", steps=(4,)),
-        PURE2, PURE3],
+        PURE2, ALONE],
     "context": [*RECIPE, CONTROL, *started("clean"),
                 *started("noisy", "--ode-point-weights 0.4 0.1 0.1 0.1 0.3"), *PUBLISHED],
-    "parts": [
-        *RECIPE[:4], PURE2, PURE3, *parts(),
-        Row("DMD, guidance 1.25", "stage2-guided", "--guidance 1.25", "stage1"),
-        Row("DMD, differences of frames too (weight 4)", "stage2-flow", "--dmd-diff-weight 4",
-            "stage1")],
+    "parts": [*RECIPE, PURE2, *PARTS],
     "discriminators": [
-        *RECIPE, PURE3,
+        *RECIPE, ALONE,
         stage3("bidirectional, a logit a frame", "framewise", "--disc-granularity frame"),
         stage3("causal, a logit a clip", "causal", "--disc-causal"),
         stage3("causal, a logit a frame", "causal-framewise",
                "--disc-causal --disc-granularity frame")],
     "lambda": [
-        *RECIPE, PURE3,
+        *RECIPE,
         *(stage3(f"lambda {weight}", f"lambda{weight}", f"--r1r2-weight {weight}")
           for weight in (0, 5, 60, 200))],
-    "warmup": [*RECIPE, PURE3, FROM1],
+    "warmup": [*RECIPE, FROM1],
     "noise": [
-        *RECIPE, PURE3,
+        *RECIPE,
         stage3("all levels, U[0, 1]", "noise-all", "--gan-t-max 1"),
         stage3("high levels (shift 3)", "noise-high", "--gan-t-max 1 --gan-shift 3"),
         stage3("lower levels (shift 0.5)", "noise-low", "--gan-t-max 1 --gan-shift 0.5"),
         stage3("no noise", "noise-none", "--gan-t-max 0")],
     "backbone": [
-        *RECIPE, PURE3,
+        *RECIPE,
         stage3("backbone frozen", "backbone0", "--backbone-lr 0"),
         *(stage3(f"backbone at {rate}", f"backbone{rate}", f"--backbone-lr {rate}")
-          for rate in ("3e-4", "1e-3"))],
+          for rate in ("1e-4", "1e-3"))],
     "steps": [
-        *RECIPE, PURE3,
+        *RECIPE,
         *(Row(f"stage 2, {n} steps, no anchor", f"stage2-steps{n}",
               f"--ode-anchor 0 --iters {n + 20} --stop-spread 0", "stage1")
           for n in (50, 100, 200, 600)),
@@ -386,7 +379,7 @@ def main(argv=None):
     if args.table == "family":
         add_rates(rows, scores, args)
     print(table(scores))
-    for a, b in ((STAGE2, STAGE1), (STAGE3, CONTROL), (STAGE3, LONGER), (PURE3, PURE2),
+    for a, b in ((STAGE2, STAGE1), (STAGE3, CONTROL), (STAGE3, LONGER), (ALONE, CONTROL),
                  (FROM1, STAGE3)):
         words = ratios(scores, a.name, b.name)
         if words:

@@ -154,8 +154,9 @@ def masks(assets, _):
 
 LEVELS = r",\,".join(f"{t:.2g}" for t in schedule(TrainConfig.ode_points, Config.shift))
 DISTANCE = r"\|\,G(\epsilon, 1) - x_{\mathrm{end}}\,\|^2"
-ANCHOR = {n: ("anchor: a small regression",
-              rf"$+\;{RECIPES['toy'][n]['ode_anchor']:g}\;{DISTANCE}$") for n in (2, 3)}
+ANCHOR = rf"$+\;{RECIPES['toy'][2]['ode_anchor']:g}\;{DISTANCE}$"
+REFERENCE = (rf"$+\;{RECIPES['toy'][3]['reference_weight']:g}"
+             r"\;\|\,\overline{x} - \overline{x}_{\mathrm{start}}\,\|^2$")  # of quarters
 RECIPE = [  # of every stage its networks, data and [(loss, formula)]
     (["teacher trained"], "clips with captions, whole, or\nin chunks after a clean past",
      [("flow matching", r"$\|\,v(x_t, t) - (\epsilon - x_0)\,\|^2$"),
@@ -166,11 +167,13 @@ RECIPE = [  # of every stage its networks, data and [(loss, formula)]
       ("own level a chunk, clean past", rf"$t \in \{{{LEVELS}\}}$")]),
     (["student trained", "fake score trained", "real score frozen"], "the student's rollouts $x$",
      [("student moves against", r"$(x_{\mathrm{fake}} - x_{\mathrm{real}})\,/\,\mathrm{mean}"
-       r"|x - x_{\mathrm{real}}|$"), ANCHOR[2],
+       r"|x - x_{\mathrm{real}}|$"), ("anchor: a small regression", ANCHOR),
       ("fake score: flow matching", r"$\|\,v(x_t, t) - (\epsilon - x)\,\|^2$")]),
-    (["student trained", "discriminator $D$ trained", "$D$'s backbone trained"],
+    (["student trained", "discriminator $D$ trained", "fake score trained",
+      "real score, start frozen"],
      "rollouts $x$, and real clips\nof the same first frames",
-     [("student", r"$\mathrm{softplus}(-D(x))$"), ANCHOR[3],
+     [("student", r"$\mathrm{softplus}(-D(x))$"),
+      ("some DMD; pull to the start", REFERENCE),
       ("discriminator", r"$\mathrm{softplus}(-D(\mathrm{real}))$" "\n"
        r"$+\;\mathrm{softplus}(D(x)) + R_1 + R_2$")])]
 COLUMN, GAP, FLOOR = 190, 43, 372  # width of a stage's box, space between two, lower edge
@@ -181,14 +184,14 @@ def draw_stage(ax, x, title, networks, data, losses):
     box(ax, x, 8, COLUMN, FLOOR - 8, "white", RULE, 8)
     say(ax, x + 10, 26, title, 8.3, weight="bold")
     ax.plot([x, x + COLUMN], [43, 43], color=RULE, lw=1)
-    for y, heading in ((57, "networks"), (159, "data"), (219, "loss")):
+    for y, heading in ((57, "networks"), (167, "data"), (219, "loss")):
         say(ax, x + 10, y, heading, 7.5, GREY, weight="bold")
-    for y, words in zip((69, 95, 121), networks):
+    for y, words in zip((66, 88, 110, 132), networks):
         name, state = words.rsplit(" ", 1)
-        box(ax, x + 7, y, COLUMN - 14, 22, PALE_ORANGE if state == "trained" else PALE_BLUE)
-        say(ax, x + 14, y + 11, name)
-        say(ax, x + COLUMN - 14, y + 11, state, colour=GREY, ha="right")
-    say(ax, x + 10, 169, data, va="top", linespacing=1.35)
+        box(ax, x + 7, y, COLUMN - 14, 20, PALE_ORANGE if state == "trained" else PALE_BLUE)
+        say(ax, x + 14, y + 10, name)
+        say(ax, x + COLUMN - 14, y + 10, state, colour=GREY, ha="right")
+    say(ax, x + 10, 177, data, va="top", linespacing=1.35)
     for y, (name, formula) in zip((237, 281, 325), losses):
         say(ax, x + 10, y, name, 7.5, GREY)
         say(ax, x + 10, y + 10, formula, 8.8, va="top", linespacing=1.2)
@@ -211,7 +214,7 @@ def recipe(assets, _):
     for x in left[2:]:
         arrow(ax, [(x - GAP + 3, 80), (x - GAP + 4, 80), (x - 3, 80)], width=2)
         say(ax, x - GAP / 2, 69, "student", 7, ha="center")
-    anchors = [(x + 100, "for the anchor") for x in left[2:]]
+    anchors = [(left[2] + 100, "for the anchor")]
     draw_bus(ax, FLOOR + 24, left[1] + 100, "ODE paths", anchors, ORANGE)
     starts = ["the student's start", "real score, fake score's start", "the backbone's start"]
     starts = zip([x + 20 for x in left[1:]], starts)

@@ -1,4 +1,5 @@
-"""Clips beside a stage's steps: its data set, trajectories to learn from, a probe of futures."""
+"""Clips beside a stage's steps: its data set, trajectories to learn from, CausVid's clips, a probe
+of futures."""
 import functools
 from dataclasses import asdict
 
@@ -7,7 +8,7 @@ from tqdm import tqdm
 
 import losses as L
 from data import Draws, LatentFolder, dataset, held_out_ids
-from model import KVCache, chunk_bounds
+from model import KVCache, chunk_bounds, stream_mask
 from sample import generate, sample_ode, with_cfg
 from scale.parallel import barrier, on_rank0, world
 from utils.errors import require
@@ -84,6 +85,19 @@ def continue_clips(run, batch, noise, times, keep):
         cache.commit()
     *states, clean = (torch.cat(chunks, 1) for chunks in zip(*paths))
     return clean, states
+
+
+def denoised_clip(run, batch, grad):
+    """CausVid's clip (2412.07772): no rollout, but real clips noised chunk by chunk to levels of
+    the student's schedule, and denoised in one masked pass. Its context is never its own."""
+    cfg, x0 = run.cfg, batch.x0
+    times = torch.tensor(L.schedule(cfg.student_steps[0], cfg.shift), device=run.device)
+    level = batch.draws.choice([1.0] * len(times), (cfg.frames - cfg.first) // cfg.chunk)
+    t = L.to_frames(times[level], 0.0, cfg)
+    x_t = L.add_noise(x0, batch.draws.randn(*x0.shape[1:]), t)
+    with torch.set_grad_enabled(grad), run.autocast():
+        flow = run.nets["student"](x_t, t, batch.text, mask=stream_mask(cfg))
+    return L.x0_from_flow(x_t, flow, t)
 
 
 def sample_clips(run, name, batch, draws, steps=None):

@@ -34,18 +34,18 @@ WAN_RECIPES = {"wan-1.3b": with_layers((14, 21, 29)), "wan-14b": with_layers((19
 
 _STEPS4 = dict(student_steps=(4,), ode_anchor=0.0, cache_grad=False)
 _SHARED = dict(gan_weight=0.03, disc_weight=0.03, disc_backbone="shared",
-               r1r2_weight=1.0, r1r2_sigma=0.1, ode_anchor=0.0, cache_grad=False)
+               disc_updates=1, r1r2_weight=1.0, r1r2_sigma=0.1, ode_anchor=0.0, cache_grad=False)
 _ASD = dict(_STEPS4, gan_weight=1.0, gan_ratio=0.5, gan_loss="relativistic", gan_real="more",
-             disc_backbone="detached")
+             disc_backbone="detached", disc_updates=1)
 _DIAGONAL = dict(context_level=0.1, dmd_diff_weight=1.0, ode_anchor=0.0, cache_grad=False)
 _TOY_FAMILY = {
     "aad-1": {},
     "published": {1: _NOISY, 2: dict(ode_anchor=0.0, cache_grad=False),
-                  3: dict(ode_anchor=0.0, gan_t_max=1.0)},
+                  3: dict(dmd_weight=0.0, reference_weight=0.0, gan_t_max=1.0)},
     "self-forcing": {2: _STEPS4},
     "causvid": {2: dict(_STEPS4, self_rollout=False)},
     "one-forcing": {2: _SHARED},
-    "asd": {2: _ASD},
+    "asd": {2: dict(_ASD, disc_lr=4e-4)},
     "diagonal": {2: dict(_DIAGONAL, student_steps=(4, 3, 2))},  # a clip of the toy has 3 chunks
     "causal-teacher": {
         0: dict(teacher_forcing=1.0, init="{teacher}", iters=800, muon_lr=0.01),
@@ -58,6 +58,7 @@ _TOY_FAMILY = {
 _WAN_FAMILY = {
     **_TOY_FAMILY,
     "published": {},  # the presets are
+    "asd": {2: _ASD},
     "self-forcing": {2: dict(_STEPS4, iters=120)},
     "one-forcing": {2: dict(_SHARED, gan_real="teacher", iters=200, batch_size=8, lr=1e-5,
                             fake_lr=1e-5, guidance=6.0, disc_updates=5, disc_layers=(29,))},

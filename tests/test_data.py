@@ -1,5 +1,7 @@
 """The toy world, its codec and captions, folders of clips."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -204,6 +206,8 @@ def test_folder_of_videos(tmp_path):
     assert torch.equal(folder.batch([3])["video"][0], batch["video"][3])
     half = media.read_video(tmp_path / "a.mp4", 16, fps=5)
     assert len(half) == 6
+    named = data.dataset(SimpleNamespace(data=str(tmp_path), size=16, frames=5, fps=5.0))
+    assert len(named.videos[0]) == 6
     assert (half[1].float() - media.read_video(tmp_path / "a.mp4", 16)[2].float()).abs().max() < 2
 
 

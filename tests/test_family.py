@@ -15,7 +15,7 @@ import sample
 import train
 from discriminator import Discriminator
 from experiments import plan
-from scale.clips import continue_clips
+from scale.clips import continue_clips, denoised_clip
 from scale.recipes import FAMILY, stages_of
 from scale.run import Run
 from tests.common import (HERE, SMALL, Known, command, flow_to, inputs, largest_difference, logs,
@@ -48,7 +48,8 @@ def frozen_updates(monkeypatch, run):
 def test_a_recipe_is_its_flags():
     """--recipe sets what can be set flag by flag."""
     flags = ("--student-steps 4 --ode-anchor 0 --no-cache-grad --gan-weight 1 --gan-ratio 0.5 "
-             "--gan-loss relativistic --gan-real more --disc-backbone detached --tag asd")
+             "--gan-loss relativistic --gan-real more --disc-backbone detached "
+             "--disc-updates 1 --disc-lr 4e-4 --tag asd")
     by_hand, by_name = (train.make_config(train.parse(words.split()), 2)
                         for words in (flags, "--recipe asd"))
     by_hand.recipe = "asd"
@@ -75,6 +76,8 @@ def test_stages_of_a_recipe():
     ("--gan-real more", "--student-steps 2 or more"),
     ("--gan-interval --student-steps 4 2", "one number of --student-steps, not 4 2"),
     ("--no-self-rollout --student-steps 4 2", "--no-self-rollout needs one number"),
+    ("--reference-weight 1 --student-steps 4 2", "--reference-weight needs one number"),
+    ("--reference-weight 1 --no-self-rollout", "compares rollouts"),
     ("--disc-backbone shared --gan-weight 1 --dmd-weight 0", "--dmd-weight a number"),
     ("--gan-real teacher --gan-loss relativistic", "--gan-loss logistic"),
     ("--student-steps 0", "from 1 up"), ("--teacher-forcing 2", "between 0 and 1")])
@@ -95,6 +98,19 @@ def test_a_relative_at_wans_shapes(recipe):
             cfg = train.make_config(given, stage)
             bytes_of = plan.static_bytes(cfg, 64)
             assert bytes_of["weights"] > 0 and cfg.micro_batch == 1
+
+
+def test_the_reference_is_the_starting_students_clip_of_the_same_noise():
+    """The term is zero where the student has not moved; moved by a half, its gradient is even."""
+    run = at_work(3, "--reference-weight", 1)
+    run.nets["reference"].load_state_dict(run.nets["student"].state_dict())
+    batch = next(run.batches("roll"))
+    x = train.student_clip(run, batch.x0, batch.text, run.draws(batch.clip_ids, "roll"))
+    for moved in (0.0, 0.5):
+        x[:, 1:] += moved
+        grad, log = train.reference_term(run, x, batch, None, 0)
+        assert log["reference"].item() == pytest.approx(moved ** 2, abs=1e-6)
+        assert torch.allclose(grad, torch.tensor(2 * moved / grad.numel()), atol=1e-9)
 
 
 # ---------------------------------------------------------------- One-Forcing: a shared critic
@@ -280,6 +296,12 @@ def test_heads_on_a_detached_backbone(monkeypatch):
     torch.nn.init.normal_(net.out.weight)
     grad, _ = train.gan_term(run, x, batch, batch.draws, 0)
     assert grad.abs().sum() > 0
+    run.update, moved = lambda name: None, []
+    for run.cfg.disc_weight in (0, 1):  # one step trains both, and the logit leaves the backbone
+        net.zero_grad()
+        train.disc_step(run, [(batch, x + 1)], 0, 0)
+        moved.append(gradients(net, "backbone."))
+    assert moved[0] == pytest.approx(moved[1], rel=1e-6)
 
 
 # ---------------------------------------------------------------- Diagonal Distillation
@@ -351,7 +373,7 @@ def test_causvids_clip_is_made_of_noised_real_ones():
     net = run.nets["student"]
     old = net.forward
     net.forward = lambda x, t, text, **o: shown.append((x, t, o)) or old(x, t, text, **o)
-    clip = train.denoised_clip(run, batch, True)
+    clip = denoised_clip(run, batch, True)
     (x, t, options), = shown
     levels = torch.tensor([0.0, *L.schedule(4, 8.0)])
     assert (t[..., None] - levels).abs().min(-1).values.max() < 1e-6 and (t[:, 0] == 0).all()

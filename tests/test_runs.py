@@ -723,6 +723,14 @@ def test_updates_of_a_step_have_noise_of_their_own():
     assert numbers == [4 + 2, 2 + 4, 2 + 2]
 
 
+def test_every_optimizer_has_its_own_betas():
+    flags = "--betas 0.1 0.2 --fake-betas 0.3 0.4 --disc-betas 0.5 0.6 --dmd-weight 1".split()
+    run = plan.Rehearsal(small_config(3, *flags))
+    found = {name: {group["betas"] for optimizer in run.optimizers[name]
+                    for group in optimizer.param_groups} for name in ("student", "fake", "disc")}
+    assert found == {"student": {(0.1, 0.2)}, "fake": {(0.3, 0.4)}, "disc": {(0.5, 0.6)}}
+
+
 def test_levels_of_the_pass_that_made_the_clip():
     """--gan-interval: between the time of the exit pass and the next; else anywhere."""
     clips, x = data.Draws(range(400), "levels"), torch.zeros(400, 7, 1, 1, 1)

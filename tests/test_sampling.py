@@ -11,7 +11,8 @@ import torch
 import data
 import losses as L
 import sample
-from tests.common import inputs, network, rolled, tiny
+from model import KVCache
+from tests.common import inputs, network, recorded, rolled, tiny
 from utils import media
 from utils.errors import friendly_errors
 
@@ -133,3 +134,23 @@ def test_without_context_passes_gradients_still_end_at_the_chunk():
     *_, last = sample.rollout(net, x[:, :1], text, randn, 7, grad=True, context_level=-1.0)
     reached = torch.autograd.grad(last.sum(), noises, allow_unused=True)
     assert [y is not None for y in reached] == [False, True]
+
+
+def test_sampling_has_the_context_level_of_training():
+    """What samples, scores and sample.py see is the stream that the student was trained in."""
+    net, (x, _, text) = network(tiny()), inputs(tiny())
+    calls = recorded(net)
+    settings = {"stage": 2, "student_steps": 1, "context_level": 0.3}
+    sample.generate(net, settings, x[:, :1], text, lambda n: torch.randn(2, n, 4, 4, 4), 7)
+    assert [call.t.max().item() for call in calls] == pytest.approx([0.3, 1, 0.3, 1])
+
+
+def test_absolute_positions_are_frame_numbers_when_frames_have_left():
+    """Relative ones stay below sink + window + chunk."""
+    for relative, wanted in ((False, ((9, 10), (0, 5, 6, 7, 8, 9, 10))),
+                             (True, ((5, 6), (0, 1, 2, 3, 4, 5, 6)))):
+        cache = KVCache(sink=1, window=4, relative=relative)
+        for frames in (1, 2, 2, 2, 2):
+            cache.write([(torch.zeros(1, frames, 1, 1, 1),) * 2])
+            cache.commit()
+        assert cache.positions(2) == wanted
