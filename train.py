@@ -103,7 +103,6 @@ class TrainConfig(Config):
     context_level: float = 0.0      # noise level of chunks in the cache; below 0: no context pass
     cache_grad: bool = False        # gradients through the context passes (Self Gradient Forcing)
     ode_anchor: float = 0.0         # weight of stage 1's regression from pure noise
-    reference_weight: float = 0.0   # weight of the pull to where the starting student put things
     dmd_weight: float = 0.0         # weight of the DMD term
     dmd_diff_weight: float = 0.0    # weight of DMD on differences of frames, relative to plain DMD
     gan_weight: float = 0.0         # weight of the adversarial term
@@ -143,9 +142,9 @@ RECIPES = {  # preset -> stage -> what differs from the defaults; docs/results.m
         1: dict(iters=1000, muon_lr=0.01, lr_decay=0.5, ode_steps=16),
         2: dict(iters=320, dmd_weight=1.0, lr=6e-4, betas=(0.5, 0.99), lr_warmup=15, lr_decay=0.5,
                 ema=0.97, cache_grad=True, ode_anchor=0.15),
-        3: dict(iters=270, gan_weight=1.0, dmd_weight=1.0, reference_weight=2.0, lr=5e-5,
-                betas=(0.0, 0.99), lr_warmup=15, lr_decay=0.5, ema=0.97, disc_lr=4e-4,
-                backbone_lr=2e-4, disc_updates=1, student_start=120, gan_t_max=0.3),
+        3: dict(iters=270, gan_weight=1.0, dmd_weight=1.0, lr=5e-5, betas=(0.0, 0.99),
+                lr_warmup=15, lr_decay=0.5, ema=0.97, disc_lr=4e-4, backbone_lr=2e-4,
+                disc_updates=1, student_start=120, gan_t_max=0.3),
     },
     **WAN_RECIPES,
 }
@@ -214,11 +213,11 @@ def ode_step(run):
 
 
 # ---------------------------------------------------------------- stages 2 and 3
-def student_clip(run, x, text, draws, exit_step=None, grad=False, name="student"):
+def student_clip(run, x, text, draws, exit_step=None, grad=False):
     """The student's own clip (b, f, c, h, w), from the image of the clips x. See rollout()."""
     cfg = run.cfg
     with run.autocast():
-        chunks = rollout(run.nets[name], x[:, :cfg.first], text,
+        chunks = rollout(run.nets["student"], x[:, :cfg.first], text,
                          lambda n: draws.randn(n, *x.shape[2:]), cfg.frames, cfg.student_steps,
                          exit_step=exit_step, grad=grad, context_level=cfg.context_level,
                          cache_grad=cfg.cache_grad, grad_chunks=cfg.grad_chunks)
@@ -314,17 +313,7 @@ def gan_term(run, x, batch, draws, exit_step):
     return grad, {"gan": len(x) * grad.flatten(1).norm(dim=1).mean()}
 
 
-def reference_term(run, x, batch, draws, exit_step):
-    """Gradient of the squared distance, in quarters of a frame, to the clip that the student at
-    the stage's start makes of the same noise: shapes may be repainted, futures stay."""
-    k, same = run.cfg.first, run.draws(batch.clip_ids, "roll")  # the rollout's noise
-    start = student_clip(run, x, batch.text, same, exit_step, name="reference")
-    clip = x[:, k:].clone().requires_grad_()
-    loss = (L.quarters(clip) - L.quarters(start[:, k:])).square().mean()
-    return torch.autograd.grad(loss, clip)[0], {"reference": loss.detach()}
-
-
-TERMS = {"dmd": dmd_term, "gan": gan_term, "reference": reference_term}
+TERMS = {"dmd": dmd_term, "gan": gan_term}  # each takes (run, x, batch, draws, exit_step)
 
 
 def anchor_step(run, batch):
@@ -383,15 +372,14 @@ def student_backward(run, x, batch, exit_step):
     """Backpropagate all terms through the rollout that made x, then the anchor; returns their
     numbers. A term gives its gradient with respect to the clip; x.backward() carries the sum on."""
     cfg, numbers, grads = run.cfg, {}, {}
-    weights = {"dmd": cfg.dmd_weight, "gan": cfg.gan_weight * judged(cfg, exit_step),
-               "reference": cfg.reference_weight}
+    weights = {"dmd": cfg.dmd_weight, "gan": cfg.gan_weight * judged(cfg, exit_step)}
     for name, term in TERMS.items():
         if weights[name]:
             draws = run.draws(batch.clip_ids, name)
             grads[name], values = term(run, x.detach(), batch, draws, exit_step)
             numbers |= values
-    if cfg.gan_ratio and {"dmd", "gan"} <= grads.keys():  # its norm relative to DMD's, per clip
-        dmd, gan, *_ = (L.expand_t(g.flatten(1).norm(dim=1, keepdim=True)) for g in grads.values())
+    if cfg.gan_ratio and len(grads) == 2:  # the adversarial norm relative to DMD's, clip by clip
+        dmd, gan = (L.expand_t(g.flatten(1).norm(dim=1, keepdim=True)) for g in grads.values())
         grads["gan"] *= cfg.gan_ratio * dmd / gan.clamp_min(1e-12)
     if grads:
         direction = sum(weights[name] * grad for name, grad in grads.items())
@@ -441,7 +429,6 @@ def networks(cfg):
     nets = {"ema": ("student", []), "student": ("student", [("", cfg.lr)])}
     if cfg.stage == 1 or cfg.stage > 1 and cfg.dmd_weight:
         nets["teacher"] = ("teacher", [])
-    nets |= {"reference": ("student", [])} if cfg.stage > 1 and cfg.reference_weight else {}
     heads, parts = ("heads.", "norm.", "out."), ("patch_", "text_", "time_", "blocks.")
     if cfg.stage > 1 and cfg.dmd_weight:
         nets["fake"] = ("fake", [("", cfg.fake_lr)])

@@ -68,7 +68,7 @@ LONGER = Row("control: stage 2 trained on, as many minutes", "stage2-longer", f"
              "stage2")
 PURE2 = Row("stage 2 without anchor", "stage2-pure", "--ode-anchor 0", "stage1")
 ALONE = Row("stage 3, the adversarial loss alone", "stage3-alone",
-            "--dmd-weight 0 --reference-weight 0", "stage2")
+            "--dmd-weight 0", "stage2")
 
 
 def started(context, flags=""):
@@ -106,10 +106,8 @@ PARTS = [  # of stages 2 and 3, one change at a time
         ("low levels, no anchor", "lowa0", "--score-shift 0.3 --ode-anchor 0 --stop-spread 0"),
         ("guidance 1.25", "guided", "--guidance 1.25"),
         ("differences of frames too (weight 4)", "flow", "--dmd-diff-weight 4"))),
-    stage3("stage 3, no reference", "noref", "--reference-weight 0"),
-    stage3("stage 3, stage 2's anchor in its place", "anchored",
-           "--reference-weight 0 --ode-anchor 0.5"),
-    stage3("stage 3, no DMD", "nodmd", "--dmd-weight 0"),
+    stage3("stage 3, stage 2's anchor in place of DMD", "anchored",
+           "--dmd-weight 0 --ode-anchor 0.5"),
     stage3("stage 3, gradient through the cache", "cache", "--cache-grad"),
     ALONE]
 FIRST = (4, 1), (4, 2)  # First-Frame Enhancement

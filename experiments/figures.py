@@ -155,8 +155,6 @@ def masks(assets, _):
 LEVELS = r",\,".join(f"{t:.2g}" for t in schedule(TrainConfig.ode_points, Config.shift))
 DISTANCE = r"\|\,G(\epsilon, 1) - x_{\mathrm{end}}\,\|^2"
 ANCHOR = rf"$+\;{RECIPES['toy'][2]['ode_anchor']:g}\;{DISTANCE}$"
-REFERENCE = (rf"$+\;{RECIPES['toy'][3]['reference_weight']:g}"
-             r"\;\|\,\overline{x} - \overline{x}_{\mathrm{start}}\,\|^2$")  # of quarters
 RECIPE = [  # of every stage its networks, data and [(loss, formula)]
     (["teacher trained"], "clips with captions, whole, or\nin chunks after a clean past",
      [("flow matching", r"$\|\,v(x_t, t) - (\epsilon - x_0)\,\|^2$"),
@@ -170,10 +168,11 @@ RECIPE = [  # of every stage its networks, data and [(loss, formula)]
        r"|x - x_{\mathrm{real}}|$"), ("anchor: a small regression", ANCHOR),
       ("fake score: flow matching", r"$\|\,v(x_t, t) - (\epsilon - x)\,\|^2$")]),
     (["student trained", "discriminator $D$ trained", "fake score trained",
-      "real score, start frozen"],
+      "real score frozen"],
      "rollouts $x$, and real clips\nof the same first frames",
      [("student", r"$\mathrm{softplus}(-D(x))$"),
-      ("some DMD; pull to the start", REFERENCE),
+      ("and against, as in stage 2", r"$(x_{\mathrm{fake}} - x_{\mathrm{real}})\,/\,\mathrm{mean}"
+       r"|x - x_{\mathrm{real}}|$"),
       ("discriminator", r"$\mathrm{softplus}(-D(\mathrm{real}))$" "\n"
        r"$+\;\mathrm{softplus}(D(x)) + R_1 + R_2$")])]
 COLUMN, GAP, FLOOR = 190, 43, 372  # width of a stage's box, space between two, lower edge

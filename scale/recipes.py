@@ -41,7 +41,7 @@ _DIAGONAL = dict(context_level=0.1, dmd_diff_weight=1.0, ode_anchor=0.0, cache_g
 _TOY_FAMILY = {
     "aad-1": {},
     "published": {1: _NOISY, 2: dict(ode_anchor=0.0, cache_grad=False),
-                  3: dict(dmd_weight=0.0, reference_weight=0.0, gan_t_max=1.0)},
+                  3: dict(dmd_weight=0.0, gan_t_max=1.0)},
     "self-forcing": {2: _STEPS4},
     "causvid": {2: dict(_STEPS4, self_rollout=False)},
     "one-forcing": {2: _SHARED},

@@ -430,7 +430,7 @@ def test_the_folder_of_the_clips_is_no_folder_for_results(tmp_path, capsys):
     for flags, message in ((["--out", str(tmp_path)], "is the folder of the clips"),
                            (["--out", str(tmp_path / "b"), "--fps", "1"], "or raise --fps")):
         with pytest.raises(SystemExit):
-            train.main(["--data", str(tmp_path), "--stage", "0", *SMALL, *flags])
+            train.main(["--data", str(tmp_path), "--stage", "0", *SMALL, "--iters", "1", *flags])
         assert message in capsys.readouterr().err
 
 
@@ -721,6 +721,15 @@ def test_updates_of_a_step_have_noise_of_their_own():
         assert not torch.equal(fake[0].x, fake[1].x) and not torch.equal(disc[0].t, disc[-1].t)
         numbers.append(len(disc))
     assert numbers == [4 + 2, 2 + 4, 2 + 2]
+
+
+def test_the_last_two_states_are_kept(tmp_path):
+    """A damaged one has one before it to go back to."""
+    run = plan.Rehearsal(small_config(1))
+    run.dir, run.is_main = tmp_path, True
+    for run.step in (1, 2, 3):
+        state.save_state(run)
+    assert [path.name for path in runs.saved_states(tmp_path)] == ["step-0000003", "step-0000002"]
 
 
 def test_every_optimizer_has_its_own_betas():

@@ -182,7 +182,6 @@ def test_bad_latents_are_one_sentence(tmp_path, capsys, latents, text, message):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def encode_clips(tmp_path):
     """Encode a folder of clips, some of them bad, by a VAE and a text encoder of the real kinds;
     returns the command's words."""

@@ -29,7 +29,7 @@ LIMITS = (  # least, most, in words, the settings that have to lie between
     (0, INF, "at least 0", "iters micro_batch save_every eval_clips samples fps sink lr fake_lr "
      "preview_every disc_lr muon_lr backbone_lr weight_decay lr_warmup student_start fake_updates "
      "disc_updates guidance dmd_weight dmd_diff_weight gan_weight gan_ratio ode_anchor probe_every "
-     "reference_weight r1r2_weight r1r2_sigma disc_weight grad_chunks"),
+     "r1r2_weight r1r2_sigma disc_weight grad_chunks"),
     (1e-12, INF, "above 0", "grad_clip eps shift train_shift score_shift gan_shift"),
     (0, 1, "between 0 and 1", "teacher_forcing ema text_drop lr_decay gan_t_max stop_spread turns"),
     (-INF, 1, "at most 1", "context_level"),
@@ -231,14 +231,11 @@ def check_relatives(cfg):
         return
     for given, name in ((cfg.gan_interval, "--gan-interval"),
                         (cfg.gan_real == "more", "--gan-real more"),
-                        (cfg.reference_weight, "--reference-weight"),
                         (not cfg.self_rollout, "--no-self-rollout")):
         require(not given or len(passes) == 1, f"{name} needs one number of --student-steps, not "
                 f"{as_words(passes)}")
     require(cfg.gan_real != "more" or passes[0] > 1, "--gan-real more compares clips of n and n + "
             "1 passes: use --student-steps 2 or more")
-    require(cfg.self_rollout or not cfg.reference_weight, "--reference-weight compares rollouts: "
-            "leave out --no-self-rollout, or use --reference-weight 0")
     bidirectional = cfg.dmd_weight and not cfg.disc_causal
     require(cfg.disc_backbone == "own" or not cfg.gan_weight or bidirectional, f"--disc-backbone "
             f"{cfg.disc_backbone} is the fake score, which is bidirectional and belongs to DMD: "
