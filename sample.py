@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from losses import add_noise, guide, make_timesteps, schedule, x0_from_flow
 from model import Config, KVCache, build
-from utils.errors import catch_signals, friendly_errors
+from utils.errors import catch_signals, friendly_errors, require
 from utils.media import side_by_side, video_writer
 from utils.settings import synced_time
 from utils.weights import load_into
@@ -208,6 +208,9 @@ def main(argv=None):
         with catch_signals() as received:
             for chunk in tqdm(chunks, unit="chunk"):
                 pixels = side_by_side(decode(chunk))[:frames - written]
+                require(chunk.isfinite().all() and pixels.isfinite().all(), f"{where} gives frames "
+                        "that are not finite (NaN): its weights or its VAE's are damaged, or "
+                        "overflow in half precision")
                 drawn = synced_time(first.device)
                 write(pixels)
                 written += len(pixels)

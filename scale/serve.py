@@ -12,7 +12,7 @@ import torch
 from data import PatchCodec, WordEncoder, dataset, held_out_ids
 from model import PRESETS, Config, build
 from utils.errors import check_device, require
-from utils.files import read_tensors
+from utils.files import read_finite
 from utils.media import FFMPEG, parse_size, read_image
 from utils.runs import newest_stage, read_settings
 from utils.settings import Parser, cuda_or_cpu, flag
@@ -123,6 +123,8 @@ def check_stream_flags(args):
     require(not args.text or args.prompt is None and args.negative is None, "--text is an embedded "
             "prompt: leave out --prompt and --negative")
     check_device(args.device)
+    if args.text_device:
+        check_device(args.text_device, "--text-device")
     if args.image:  # before minutes of loading
         read_images(args.image, parse_size(args.size or "16x16"))
 
@@ -206,6 +208,8 @@ def chosen_stage(args):
     weights, codec, settings = open_stage(args.weights or teacher or newest_stage(), args.preset)
     where = settings.get("where", str(weights.where))
     own = "where" in settings
+    require(not teacher or weights.role != "student", f"{where} is a student's generator, no "
+            "teacher: name it with --weights, and Wan's own network with --teacher")
     require(not (own and args.student), f"{where} knows how it streams: leave out --student")
     if not own:
         name = args.preset or weights.preset
@@ -309,9 +313,17 @@ def negative_text(args, settings, encode):
     if not is_guided(settings):
         return None
     if args.text:
-        return fitting(read_tensors(negative_beside(args.text))["text"], settings)
+        return fitting(stored_text(negative_beside(args.text)), settings)
     from scale.wan import NEGATIVE
     return encode(NEGATIVE if args.negative is None else args.negative)[0]
+
+
+def stored_text(path):
+    """The embedding (l, d) in a file of scale.encode, or UsageError."""
+    tensors = read_finite(path)
+    require("text" in tensors, f"{path} holds no embedded text ({', '.join(sorted(tensors))}): "
+            "name a file of python -m scale.encode")
+    return tensors["text"]
 
 
 def negative_beside(text):
@@ -332,12 +344,13 @@ def wan_inputs(args, settings, where):
     on latents. With --text the callable gives the stored embedding, whatever the caption."""
     from scale.wan import CaptionEncoder, WanCodec, find_text_encoder, find_vae  # needs diffusers
     vae, encoder = args.vae or args.wan, args.text_encoder or args.wan
-    complete = vae and (args.text or encoder) and (args.image or args.prompt or args.text)
-    require(complete, f"{where} was trained on latents: add --wan, or --vae and --text-encoder; "
-            "and --image or --prompt")
+    require(vae and (args.text or encoder), f"{where} was trained on latents: add --wan, or "
+            "--vae and --text-encoder")
+    require(args.image or args.text or args.prompt is not None, f"{where} was trained on latents, "
+            "and nothing says what to show: add --image or --prompt")
     find_vae(vae)  # all is there before anything large is read
     if args.text:
-        stored = read_tensors(args.text)["text"]
+        stored = stored_text(args.text)
         beside = negative_beside(args.text)
         require(beside.is_file() or not is_guided(settings), f"guidance needs a negative prompt, "
                 f"and {beside} does not exist: encode with --negative, or use --guidance 1")

@@ -45,7 +45,8 @@ def whole(weight):
 def fill(model, tensors, where, dtype=None):
     """Give a model on the meta device its tensors: every one of them, and no other. `dtype`: cast
     to it; None: as stored. Returns the model, which learns nothing."""
-    check_names(model, Weights(tensors, where), where)
+    check_names(model, Weights(tensors, where), where, "download it again, or compare its "
+                "config.json with the published one")
     tensors = {name: whole(weight).to(dtype) for name, weight in tensors.items()}
     first = {}  # the first name of every parameter, for one of transformers' has two
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -61,7 +62,7 @@ def fill(model, tensors, where, dtype=None):
 
 def one_of(folder, pattern, what):
     """The one file of a folder that fits a pattern, or None; UsageError if there are several."""
-    found = sorted(folder.glob(pattern))
+    found = sorted(p for p in folder.glob(pattern) if not p.name.startswith("."))
     require(len(found) < 2, f"{folder} holds {len(found)} {what}s ({listed(found)}): name one of "
             "them")
     return found[0] if found else None

@@ -256,7 +256,6 @@ def write_official(folder, kind, net):
         where = {k: file for file, part in parts.items() for k in part}
         index = folder / "diffusion_pytorch_model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": where}))
-        save_file({"not.this": torch.zeros(1)}, folder / "other.safetensors")  # the index decides
     elif kind in ("generator", "generator_ema"):
         state = {"generator": {f"model.{k}": v * (kind == "generator") for k, v in tensors.items()}}
         if kind == "generator_ema":

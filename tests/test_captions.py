@@ -106,6 +106,10 @@ def test_what_fits_nothing_is_counted(tmp_path, capsys):
     said = read(tmp_path, capsys)[2]
     assert ("3 videos, 2 without a caption (b.mp4, c.mp4), 2 rows without a video (x.mp4, z.mp4), "
             "1 text files beside no video (licence.txt)") in said
+    make(tmp_path / "lists", "a.mp4", "prompts.csv", "captions.parquet")
+    (tmp_path / "lists" / "Metadata.CSV").write_text("file,caption\na.mp4,x\n")
+    assert ("1 videos, 0 without a caption, 0 rows without a video, 2 lists not read "
+            "(captions.parquet, prompts.csv: ") in read(tmp_path / "lists", capsys)[2]
     make(tmp_path / "none", "a.mp4", "b.mp4")
     assert "2 videos, 2 without a caption, 0 rows" in read(tmp_path / "none", capsys)[2]
 

@@ -222,3 +222,12 @@ def test_bad_folders_are_explained(tmp_path, make, message):
         data.VideoFolder(tmp_path, 16, 5)
     with pytest.raises(UsageError, match="not a folder"):
         data.VideoFolder(tmp_path / "nowhere", 16, 5)
+
+
+def test_captions_alone_and_clips_are_not_mixed(tmp_path):
+    """The first file would decide how all are read, and the latents of the others be left."""
+    text = torch.zeros(2, 4)
+    save_file({"text": text}, tmp_path / "a.safetensors")
+    save_file({"text": text, "latents": torch.zeros(9, 4, 4, 6)}, tmp_path / "b.safetensors")
+    with pytest.raises(UsageError, match="mixes clips with 1 captions alone"):
+        data.LatentFolder(tmp_path, 9)

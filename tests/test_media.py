@@ -1,6 +1,7 @@
 """Images and videos, read and written."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import imageio.v2 as iio
@@ -261,6 +262,22 @@ def test_damaged_videos_are_not_read(tmp_path, name, damage):
     path.write_bytes(whole[:a] + middle + (b"" if damage == "cut" else whole[b:]))
     with pytest.raises(UsageError, match="cannot be read as a video, it is damaged"):
         media.read_video(path, 16)
+
+
+def test_two_recordings_in_one_file_are_not_one(tmp_path):
+    """Of a stream whose times begin again, the second part would be thinned away."""
+    write_frames(tmp_path / "a.ts", range(20))
+    whole = (tmp_path / "a.ts").read_bytes()
+    packets = [bytearray(whole[i:i + 188]) for i in range(0, len(whole), 188)]
+    def stream(p):
+        return p[1] & 31, p[2]
+
+    number = Counter(stream(p) for p in packets if p[3] & 16)  # those with a payload
+    for p in packets:  # the second part counts on, as if it were of one recording
+        p[3] = p[3] & 240 | (p[3] + number[stream(p)]) & 15
+    (tmp_path / "a.ts").write_bytes(whole + b"".join(packets))
+    with pytest.raises(UsageError, match="its times go back after"):
+        media.read_video(tmp_path / "a.ts", 16, fps=5)
 
 
 def test_the_second_damaged_video_is_noticed_too(tmp_path):

@@ -1,12 +1,14 @@
 """The sampling command."""
 
 import os
+import shutil
 import signal
 
 import imageio.v2 as iio
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import data
 import losses as L
@@ -14,7 +16,7 @@ import sample
 from model import KVCache
 from tests.common import inputs, network, recorded, rolled, tiny
 from utils import media
-from utils.errors import friendly_errors
+from utils.errors import UsageError, friendly_errors
 
 
 def test_sampling_command(small_run, tmp_path):
@@ -51,7 +53,7 @@ def test_an_interrupted_stream_is_kept(small_run, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--weights nowhere --from-data", "holds no finished stage"),
+    ("--weights nowhere --from-data", "nowhere does not exist"),
     ("--from-data --out x.avi", "mp4 or .gif"),
     ("--image none.png", "none.png is not a file"),
     ("--from-data --steps 0", "--steps 0 does not work"),
@@ -134,6 +136,18 @@ def test_without_context_passes_gradients_still_end_at_the_chunk():
     *_, last = sample.rollout(net, x[:, :1], text, randn, 7, grad=True, context_level=-1.0)
     reached = torch.autograd.grad(last.sum(), noises, allow_unused=True)
     assert [y is not None for y in reached] == [False, True]
+
+
+def test_frames_that_are_not_finite_are_no_video(small_run, tmp_path):
+    """A network whose weights are damaged: one sentence, and no file."""
+    shutil.copytree(small_run / "stage3", tmp_path / "stage3")
+    weights = load_file(tmp_path / "stage3" / "ema.safetensors")
+    weights["head.head.bias"][0] = torch.nan
+    save_file(weights, tmp_path / "stage3" / "ema.safetensors")
+    out = tmp_path / "a.mp4"
+    with pytest.raises(UsageError, match="stage3 gives frames that are not finite"):
+        sample.main(["--weights", str(tmp_path / "stage3"), "--from-data", "--out", str(out)])
+    assert not out.exists() and [p.name for p in tmp_path.iterdir()] == ["stage3"]
 
 
 def test_sampling_has_the_context_level_of_training():

@@ -172,8 +172,52 @@ def test_incomplete_downloads_and_two_experts_are_refused(tmp_path):
         with pytest.raises(UsageError, match="Wan 2.2's two experts"):
             open_weights(root)
     save_file(tensors_of(), touch(tmp_path / "low_noise_model") / "w.safetensors")
-    with pytest.raises(UsageError, match="for low noise alone"):
+    expert = "Wan 2.2's two experts, for high or for low noise alone"
+    with pytest.raises(UsageError, match=expert):
         open_weights(tmp_path / "low_noise_model")
+    mine = touch(tmp_path / "my_low_noise_tests")
+    save_file(tensors_of(), mine / "Wan2_2-T2V-A14B_HIGH_fp16.safetensors")
+    with pytest.raises(UsageError, match=expert):
+        open_weights(mine / "Wan2_2-T2V-A14B_HIGH_fp16.safetensors")
+    (mine / "Wan2_2-T2V-A14B_HIGH_fp16.safetensors").rename(mine / "w.SAFETENSORS")
+    assert len(open_weights(mine)) == len(tensors_of())  # a folder of any name, and any case
+
+
+def test_an_index_and_other_weights_are_two_sets(tmp_path):
+    folder = write_official(tmp_path / "wan", "sharded", network(PLAIN))
+    touch(folder, "._part.safetensors.index.json", "Wan2.1_VAE.pth")
+    assert len(open_weights(folder)) == len(tensors_of())
+    touch(folder, "generator.pt")
+    with pytest.raises(UsageError, match="holds generator.pt beside the 3 files that"):
+        open_weights(folder)
+
+
+def test_hidden_companions_are_not_read(tmp_path):
+    touch(tmp_path, "Wan2.1_VAE.pth", "._Wan2.1_VAE.pth")
+    assert wan.find_vae(tmp_path) == (tmp_path / "Wan2.1_VAE.pth", None)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    for name in ("w.pt", "w.safetensors", "w"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+        with pytest.raises(UsageError, match=f"{name} is a pointer of Git LFS, .* git lfs pull"):
+            open_weights(tmp_path / name)
+
+
+def test_a_repository_without_its_network_is_named(tmp_path):
+    root = diffusers_root(tmp_path / "wan", tensors_of())
+    shutil.rmtree(root / "transformer")
+    with pytest.raises(UsageError, match="lacks the network, its folder transformer"):
+        runs.read_settings(root)
+
+
+def test_embedded_prompts_are_checked(tmp_path):
+    """Latents in place of a text, and a text that is not finite."""
+    save_file({"latents": torch.zeros(2)}, tmp_path / "a.safetensors")
+    save_file({"text": torch.full((2, 2), torch.nan)}, tmp_path / "b.safetensors")
+    for name, message in (("a", r"holds no embedded text \(latents\)"), ("b", "not finite")):
+        with pytest.raises(UsageError, match=message):
+            serve.stored_text(tmp_path / f"{name}.safetensors")
 
 
 def one(name, *shape):
@@ -189,6 +233,7 @@ def one(name, *shape):
     (one("blocks.0.self_attn.q.scale_weight", 1), "scaled fp8"),
     (one("scaled_fp8", 2), "scaled fp8"),
     (one("blocks.0.ffn.0.weight.absmax"), "quantised"),
+    ({"head.head.bias": torch.zeros(16, dtype=torch.int8)}, r"quantised weights \(i8\)"),
     (one("patch_embedding.weight", 32, 36, 1, 2, 2), "I2V network, which takes 36"),
     (one("patch_embedding.weight", 32, 48, 1, 2, 2), "TI2V network, which takes 48"),
     ({"patch_embedding.weight": None, "shared.weight": torch.zeros(2)}, "a text encoder"),
@@ -283,6 +328,8 @@ def test_a_teacher_is_not_streamed_and_a_student_says_how(tmp_path):
         _, codec, settings, _ = serve.chosen_stage(args_for(name, teacher, "--guidance", 2))
         assert codec is None and settings["stage"] == 0 and settings["ode_steps"] == 50
         assert settings["guidance"] == 2 and settings["first"] == 0
+    with pytest.raises(UsageError, match="a student's generator, no teacher"):
+        serve.chosen_stage(args_for("--teacher", student / "w.pt"))
     for flags, message in ((("--chunk", 3), "makes a clip at once"),
                            (("--image", "assets/example.png"), "leave out --image")):
         with pytest.raises(UsageError, match=message):
@@ -297,10 +344,20 @@ def test_stage_two_does_not_start_from_a_teacher(tmp_path, capsys):
     assert "stage 2 starts from a student" in capsys.readouterr().err
 
 
+def test_a_student_is_no_teacher(tmp_path, capsys):
+    torch.save({"generator_ema": tensors_of()}, tmp_path / "w.pt")
+    for stage in ("1", "2"):
+        with pytest.raises(SystemExit):
+            train.main(["--stage", stage, "--teacher", str(tmp_path / "w.pt"), "--init",
+                        str(tmp_path / "w.pt"), "--out", str(tmp_path / "out"), *WAN])
+        assert "a student's generator, no teacher" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--times 1 1", "noise levels that fall"), ("--times 1 0.5 --steps 2", "leave out --steps"),
     ("--times 2 1", "noise levels that fall"), ("--weights a --teacher b", "leave one out"),
-    ("--shift 0", "--shift 0.0 does not work"), ("--student other", "invalid choice")])
+    ("--shift 0", "--shift 0.0 does not work"), ("--student other", "invalid choice"),
+    ("--text-device gpu", "--text-device gpu: choose cuda, mps or cpu")])
 def test_flags_are_checked_before_anything_is_read(capsys, flags, message):
     with pytest.raises(SystemExit), friendly_errors():
         args_for(*flags.split())

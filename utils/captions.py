@@ -12,6 +12,7 @@ from utils.files import read_text
 from utils.media import OTHER_VIDEOS, VIDEO_ENDINGS, hidden, image_files
 
 LISTS = ("metadata.csv", "metadata.jsonl", "captions.csv", "captions.jsonl")  # later ones win
+LIST_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 FILE_COLUMNS = ("file", "file_name", "filename", "video", "path", "video_path")
 TEXT_COLUMNS = ("caption", "text", "prompt", "captions")
 
@@ -180,7 +181,7 @@ class Names:
 def listed_captions(path, names):
     """({video's name: caption}, [files that are no video]) of one list."""
     captions, lines, left = {}, {}, []
-    for n, file, caption in csv_rows(path) if path.suffix == ".csv" else json_rows(path):
+    for n, file, caption in csv_rows(path) if path.suffix.lower() == ".csv" else json_rows(path):
         name = PurePosixPath(file.strip().replace("\\", "/")).name
         found = names.find(name)
         if not found:
@@ -216,9 +217,11 @@ def captions_in(folder, videos):
     and .txt files beside the videos; the later ones win. Prints how many videos have none, and
     which rows fit no video."""
     folder, names, captions, left = Path(folder), Names(videos), {}, []
+    lists = {p.name.lower(): p for p in sorted(folder.iterdir())
+             if p.suffix.lower() in LIST_ENDINGS and p.is_file() and not hidden(p)}
     for name in LISTS:
-        if (folder / name).is_file():
-            found, unknown = listed_captions(folder / name, names)
+        if name in lists:
+            found, unknown = listed_captions(lists.pop(name), names)
             captions |= found
             left += unknown
     beside, texts = text_files(folder, names)
@@ -229,5 +232,8 @@ def captions_in(folder, videos):
              f"{len(left)} rows without a video" + (f" ({some(left)})" if left else "")]
     if texts:
         words.append(f"{len(texts)} text files beside no video ({some(texts)})")
+    if lists:
+        unread = some(p.name for p in lists.values())
+        words.append(f"{len(lists)} lists not read ({unread}: use {' or '.join(LISTS[:2])})")
     say_once(f"{folder}: {', '.join(words)}")
     return captions

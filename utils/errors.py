@@ -104,10 +104,10 @@ def catch_signals(*signals):
             signal.signal(number, handler)
 
 
-def check_device(name):
-    """Raise UsageError if this machine has no such device."""
+def check_device(name, flag="--device"):
+    """Raise UsageError if this machine has no such device, which `flag` has named."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(),
                  "mps": torch.backends.mps.is_available()}
-    require(name in available, f"--device {name}: choose cuda, mps or cpu; the variable "
+    require(name in available, f"{flag} {name}: choose cuda, mps or cpu; the variable "
             "CUDA_VISIBLE_DEVICES chooses the GPU")
-    require(available[name], f"--device {name} is not available: leave it out to use what there is")
+    require(available[name], f"{flag} {name} is not available: leave it out to use what there is")

@@ -144,14 +144,19 @@ def save_tensors(path, tensors):
 
 def check_whole(paths):
     """These safetensors files. UsageError if one is empty or cut off: by their headers, in the
-    first process, before a clip is drawn in the middle of a training."""
+    first process, before a clip is drawn in the middle of a training. Also if some are captions
+    alone and others clips, for the first decides how all are read."""
+    alone = []
     for path in paths if first_process() else ():
         try:
-            with safe_open(path, "pt"):
-                pass
+            with safe_open(path, "pt") as file:
+                alone += [path] if set(file.keys()) == {"text"} else []
         except Exception as error:  # safetensors raises its own types
             raise UsageError(f"{path} is not a readable safetensors file ({first_line(error)}): "
                              "remove it, and run the command that made it again") from None
+    require(len(alone) in (0, len(paths)), f"{paths[0].parent if paths else ''} mixes clips with "
+            f"{len(alone)} captions alone ({alone[0].name if alone else ''}): give each a folder "
+            "of its own")
     return paths
 
 

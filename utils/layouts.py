@@ -32,7 +32,7 @@ def listed(paths):
 def weight_files(folder, companions=False):
     """The weight files of a folder, hidden files left out; without `companions` also VAE, text and
     image encoder of the official folder are."""
-    found = sorted(p for p in Path(folder).glob("*") if p.suffix in ENDINGS and p.is_file()
+    found = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in ENDINGS and p.is_file()
                    and not p.name.startswith("."))
     return [p for p in found if companions or not COMPANION.search(p.name)]
 
@@ -54,7 +54,7 @@ def files_of(path, companions=False):
     UsageError if files are missing, or if the folder holds more than one set."""
     if path.is_file():
         return [path]
-    index = sorted(path.glob("*.safetensors.index.json"))
+    index = sorted(p for p in path.glob("*.safetensors.index.json") if p.name[0] != ".")
     require(len(index) < 2, f"{path} holds {len(index)} sets of weights ({listed(index)}): move "
             "all but one away")
     if index:
@@ -62,6 +62,9 @@ def files_of(path, companions=False):
         lost = [file for file in shards if not file.is_file()]
         require(not lost, f"{path} lacks {listed(lost)} of the {len(shards)} files that "
                 f"{index[0].name} names: download the rest")
+        beside = [file for file in weight_files(path, companions) if file not in shards]
+        require(not beside, f"{path} holds {listed(beside)} beside the {len(shards)} files that "
+                f"{index[0].name} names: name the file itself, or move it away")
         return shards
     files = weight_files(path, companions)
     sets = {SHARD.sub("", file.name) for file in files}
@@ -172,9 +175,12 @@ def refuse_foreign(names, shape_of, path, config):
         kind = {36: "i2v", 48: "ti2v"}.get(channels, "t2v")
     require(kind == "t2v", f"{path} holds Wan's {kind.upper()} network, which takes {channels} "
             "channels: take Wan2.1-T2V, this network's kind")
-    expert = re.search(r"(high|low)_noise", str(path))
-    require(not expert, f"{path} is one of Wan 2.2's two experts, for {expert and expert[1]} noise "
-            "alone: take Wan2.1-T2V")
+    folder = path if path.is_dir() else path.parent
+    expert = re.fullmatch(r"(high|low)_noise_model", folder.name)
+    if not expert and path.is_file():
+        expert = re.search(r"(high|low)_noise|A14B.*(high|low)", path.name, re.I)
+    require(not expert, f"{path} is one of Wan 2.2's two experts, for high or for low noise alone: "
+            "take Wan2.1-T2V")
 
 
 def shape_from(weights, shape_of, config):

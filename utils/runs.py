@@ -85,7 +85,12 @@ def read_settings(folder):
         missing = [field.name for field in fields(Config) if field.name not in settings]
         require(not missing, f"{config} lacks {', '.join(missing)}: train the stage again")
         return {**settings, "where": "assets/student" if folder == SHIPPED else str(folder)}
+    require(folder.exists(), f"{folder} does not exist: check the path, or train the stage first "
+            "(python train.py --stage N)")
     inner = network_folder(folder) if folder.is_dir() else folder
+    repository = (folder / "model_index.json").is_file() and not weight_files(inner)
+    require(not repository, f"{folder} lacks the network, its folder transformer: download the "
+            "rest, or name the network with --teacher or --weights")
     require(folder.is_file() or weight_files(inner), f"{folder} holds no finished stage and no "
             "weights: train it first (python train.py --stage N), or name another")
     return None

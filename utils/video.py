@@ -107,10 +107,13 @@ def file_frames(path, stack):
             if start is None:
                 check_colours(path, frame)
                 say_interlaced(path, frame)
+            before = time
             if frame.pts is not None:
                 time = float(frame.pts * frame.time_base)
             else:
                 time = 0.0 if time is None else time + step
+            if before is not None and time < before:  # two recordings in one file
+                raise damaged(path, f"its times go back after {before - start:.2f} seconds")
             start = time if start is None else start
             yield time - start, partial(upright, frame, stream.sample_aspect_ratio)
 

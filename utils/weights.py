@@ -89,9 +89,14 @@ def state_dict_in(contents, file):
 
 def open_file(file):
     """(name of the entry, {name: tensor, read from disk when it is sliced}) of a weight file."""
-    require(file.suffix != ".gguf", f"{file} is a GGUF, quantised for other programs: take the "
+    ending = file.suffix.lower()
+    require(ending != ".gguf", f"{file} is a GGUF, quantised for other programs: take the "
             "bfloat16 or float32 .safetensors")
-    if file.suffix == ".safetensors":
+    with open(file, "rb") as f:
+        pointer = f.read(31) == b"version https://git-lfs.github."
+    require(not pointer, f"{file} is a pointer of Git LFS, not the weights: run git lfs pull in "
+            "its folder, or download the file itself")
+    if ending == ".safetensors":
         handle = safe_open(file, "pt")
         return "", {name: handle.get_slice(name) for name in handle.keys()}
     return state_dict_in(load_pickled(file), file)
@@ -155,12 +160,16 @@ def open_weights(path):
         return shape_of(tensors[name])
 
     refuse_foreign(tensors, size, path, config)
+    odd = {dtype_of(weight) for weight in tensors.values()}
+    odd = sorted(kind for kind in odd if not kind.startswith(("float", "bfloat")))
+    require(not odd, f"{path} holds quantised weights ({', '.join(odd)}): take the bfloat16 or "
+            "float32 file")
     return Weights(tensors, path, source, role_of(entry, config), shape_from(tensors, size, config))
 
 
 # ---------------------------------------------------------------- into a network
 
-def check_names(net, weights, where):
+def check_names(net, weights, where, remedy="choose the preset and flags it was trained with"):
     """Raise UsageError with the first names or shapes in which network and checkpoint differ."""
     want = {name: tuple(p.shape) for name, p in net.named_parameters()}
     have = {name: shape_of(w) for name, w in weights.items()}
@@ -173,8 +182,7 @@ def check_names(net, weights, where):
         if names:
             faults.append(f"{what} {', '.join(sorted(names)[:5])}{more} ({len(names)} in all)")
     preset = getattr(weights, "preset", None)
-    remedy = f"it has the shape of --preset {preset}" if preset else (
-        "choose the preset and flags it was trained with")
+    remedy = f"it has the shape of --preset {preset}" if preset else remedy
     require(not faults, f"{where} {' and '.join(faults)}: {remedy}")
 
 
