@@ -13,7 +13,7 @@
     stage 3   adversarial    a bidirectional discriminator, one logit per clip     paper eq. 7-10
 
 Stage N leaves in <out>/stageN: {weights,ema,codec}.safetensors, config.json, log.jsonl, samples.*,
-metrics.json, state/, trajectories/ (1), fake.safetensors (2, 3). The next starts from the EMA weights.
+metrics.json, state/, trajectories/ (1), fake.safetensors (2, 3). The next starts from EMA weights.
 """
 import contextlib
 import gc
