@@ -317,7 +317,8 @@ TERMS = {"dmd": dmd_term, "gan": gan_term}  # each takes (run, x, batch, draws, 
 
 
 def anchor_step(run, batch):
-    """Backpropagate stage 1's regression from pure noise (DMD, 2311.18828, eq. 9): futures stay."""
+    """Backpropagate stage 1's regression from pure noise (DMD, 2311.18828, eq. 9). DMD and the
+    adversarial loss allow two seeds one future; this penalises it."""
     loss = ode_loss(run, run.draws(batch.clip_ids, "anchor"), (1.0,))
     (run.cfg.ode_anchor * run.batch_part(loss, batch)).backward()
     return {"anchor": loss.detach()}
