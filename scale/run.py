@@ -361,8 +361,8 @@ def check_roles(cfg):
             f"network, a teacher, and stage {cfg.stage} starts from a student: train stage 1, or "
             "name a student's weights with --init")
     official = teacher.exists() and read_settings(teacher) is None
-    require(not official or open_weights(teacher).role != "student", f"{teacher} is a student's generator, no teacher: name Wan's own network "
-            "with --teacher")
+    require(not official or open_weights(teacher).role != "student", f"{teacher} is a student's "
+            "generator, no teacher: name Wan's own network with --teacher")
     if not cfg.real_score:
         return
     require(cfg.real_score not in PRESETS, f"--real-score {cfg.real_score}: a preset is enough for "

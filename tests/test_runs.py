@@ -770,7 +770,8 @@ def test_the_discriminator_is_told_which_pass_it_was(monkeypatch):
 
 
 def test_weight_decay_reaches_every_network_that_is_trained():
-    for stage, names in ((0, {"student"}), (2, {"student", "fake"}), (3, {"student", "fake", "disc"})):
+    for stage, names in ((0, {"student"}), (2, {"student", "fake"}),
+                         (3, {"student", "fake", "disc"})):
         run = plan.Rehearsal(small_config(stage, "--weight-decay", "0.03", "--backbone-lr", "1e-4"))
         assert {name for name, optimizers in run.optimizers.items() if optimizers} == names
         groups = [g for optimizers in run.optimizers.values() for o in optimizers
