@@ -122,6 +122,8 @@ def check_stream_flags(args):
     require(len(named) < 2, "--weights names a student, --teacher a teacher: leave one out")
     require(not args.text or args.prompt is None and args.negative is None, "--text is an embedded "
             "prompt: leave out --prompt and --negative")
+    require(not (args.wan and Path(args.wan).is_file()), f"--wan {args.wan} is a file: name the "
+            "folder of the download, or the file with --teacher, --vae or --text-encoder")
     check_device(args.device)
     if args.text_device:
         check_device(args.text_device, "--text-device")

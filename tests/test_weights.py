@@ -357,7 +357,8 @@ def test_a_student_is_no_teacher(tmp_path, capsys):
     ("--times 1 1", "noise levels that fall"), ("--times 1 0.5 --steps 2", "leave out --steps"),
     ("--times 2 1", "noise levels that fall"), ("--weights a --teacher b", "leave one out"),
     ("--shift 0", "--shift 0.0 does not work"), ("--student other", "invalid choice"),
-    ("--text-device gpu", "--text-device gpu: choose cuda, mps or cpu")])
+    ("--text-device gpu", "--text-device gpu: choose cuda, mps or cpu"),
+    (f"--wan {__file__}", "is a file: name the folder of the download")])
 def test_flags_are_checked_before_anything_is_read(capsys, flags, message):
     with pytest.raises(SystemExit), friendly_errors():
         args_for(*flags.split())
