@@ -73,6 +73,11 @@ def prefixed(tensors, start, inner=""):
             for name, t in tensors.items()}
 
 
+def zeros(*shape):
+    """A tensor that must not be read."""
+    return torch.zeros(shape or (2,))
+
+
 LAYOUTS = {  # contents of w.pt, or of w.safetensors for flat ones that end in "!"
     "state_dict": lambda t: {"state_dict": t, "epoch": 3, "name": "x"},
     "model": lambda t: {"model": t, "step": torch.tensor(3)},
@@ -84,6 +89,17 @@ LAYOUTS = {  # contents of w.pt, or of w.safetensors for flat ones that end in "
                        "generator": {k: 0 * v for k, v in t.items()}, "critic": {"a": t}},
     "numbers beside": lambda t: {**t, "epoch": 3, "lr": 0.1},
     "model!": lambda t: prefixed(t, "model.diffusion_model."),
+    "student!": lambda t: prefixed(t, "student."),
+    "student.module!": lambda t: prefixed(t, "student._orig_mod.module."),
+    "pipe.dit!": lambda t: prefixed(t, "pipe.dit."),
+    "pipe.dit.diffusers!": lambda t: prefixed(as_diffusers(t), "pipe.dit."),
+    "peft!": lambda t: prefixed(t, "base_model.model."),
+    "net.transformer!": lambda t: prefixed(t, "net.transformer."),
+    "lightning": lambda t: {"state_dict": prefixed(t, "_forward_module.wan.")},
+    "all in one!": lambda t: {**prefixed(t, "model.diffusion_model."), "vae.conv1.bias": zeros(),
+                              "text_encoders.umt5xxl.transformer.shared.weight": zeros()},
+    "module.generator": lambda t: {"state_dict": prefixed(t, "module.generator.model.") | prefixed(
+        {k: 0 * v for k, v in t.items()}, "module.critic.model.")},
     "generator_ema!": lambda t: prefixed(t, "generator_ema.model.") | prefixed(
         {k: 0 * v for k, v in t.items()}, "generator.model."),
 }
@@ -103,7 +119,31 @@ def test_wrapped_weights_are_those_inside(tmp_path, layout):
     assert all(torch.equal(net.state_dict()[name], t) for name, t in tensors.items())
     assert "float32" in opened.note() and str(file) in opened.note()
     assert opened.role == ("student" if "generator" in str(contents.keys()) or "generator" in
-                           layout else "")
+                           layout or "student" in layout else "")
+
+
+@pytest.mark.parametrize("starts, message", [
+    (("student.", "teacher."), "holds 2 networks, under student. and teacher.: save one"),
+    (("module.dit.", "module.dit2."), "under module.dit. and module.dit2.: save one"),
+    (("", "critic.model."), "under no prefix and critic.model.: save one")])
+def test_of_two_networks_in_one_file_none_is_guessed(tmp_path, starts, message):
+    first, second = (prefixed(tensors_of(), start) for start in starts)
+    save_file(first | second, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match=message):
+        open_weights(tmp_path / "w.safetensors")
+    few = {f"{starts[1]}heads.weight": zeros()}  # no network, but nothing that may be left out
+    save_file(first | few, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="beside the network, whose names begin with"
+                       if starts[0] else "has unknown critic.model.heads.weight"):
+        load_into(M.build(PLAIN), open_weights(tmp_path / "w.safetensors"), "here")
+
+
+def test_a_prefix_says_whose_the_weights_are(tmp_path):
+    """Those of a teacher do not stream, and a student's are no teacher."""
+    for start, role in (("teacher.", "teacher"), ("student.model.", "student"), ("dit.", "")):
+        save_file(prefixed(tensors_of(), start), tmp_path / "w.safetensors")
+        opened = open_weights(tmp_path / "w.safetensors")
+        assert opened.role == role and f"({start.rstrip('.')})" in opened.note()
 
 
 def test_diffusers_names_are_renamed_one_to_one(tmp_path):
@@ -222,7 +262,7 @@ def test_embedded_prompts_are_checked(tmp_path):
 
 def one(name, *shape):
     """A tensor to add to a checkpoint."""
-    return {name: torch.zeros(shape or (2,))}
+    return {name: zeros(*shape)}
 
 
 @pytest.mark.parametrize("change, message", [

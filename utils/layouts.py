@@ -1,8 +1,8 @@
 """Published layouts of Wan's weights: which files, whose names, what they are, and are not.
 
 The network has the official names. Diffusers' names are renamed, one to one; prefixes that wrappers
-leave (module., _orig_mod., _fsdp_wrapped_module. ...) are taken off; what this network cannot load
-is called by its name.
+leave (module., student., pipe.dit., _fsdp_wrapped_module. ...) are taken off; what this network
+cannot load is called by its name.
 """
 import re
 from pathlib import Path
@@ -15,8 +15,9 @@ ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
 COMPANION = re.compile(r"(?<![a-z])(vae|u?m?t5|clip)(?![a-z])", re.I)  # Wan2.1_VAE.pth and so on
 SHARD = re.compile(r"-(\d+)-of-(\d+)(?=\.)")
 INNER = re.compile(r"(?<![a-z_])(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
-OUTER = ("module.", "model.", "generator_ema.", "generator.", "net.", "diffusion_model.",
-         "transformer.", "dit.", "ema.")
+OUTER = ("module.", "model.", "base_model.", "pipe.", "vae.", "first_stage_model.", "text_encoder.")
+NETWORK = re.compile(r"(|.*\.)(?:time_projection\.1|condition_embedder\.time_proj)\.weight")
+BESIDE = re.compile(r"(.*\.)?(vae|first_stage_model|cond_stage_model|(text|image)_encoders?)\.")
 NESTED = ("generator_ema", "generator", "model_ema", "ema", "state_dict", "model", "module",
           "student", "transformer")  # where the weights of a .pt may be, the first one first
 
@@ -87,20 +88,26 @@ def config_beside(path):
 
 # ---------------------------------------------------------------- names
 
-def without_wrappers(weights):
-    """The same weights without the prefixes that wrappers leave in front of and inside names. Of a
-    flat file with several networks, the generator (its running average first)."""
-    for chosen in ("generator_ema.", "generator."):
-        part = {k: w for k, w in weights.items() if k.startswith(chosen)}
-        if part:
-            weights = part
-            break
+def without_wrappers(weights, path):
+    """(prefix, the same weights without the prefixes that wrappers leave in front of and inside
+    names). Of a flat file with several networks, the generator (its running average first);
+    UsageError if none of them is called so."""
     weights = {INNER.sub("", name): w for name, w in weights.items()}
-    while True:
-        prefix = next((p for p in OUTER if weights and all(k.startswith(p) for k in weights)), None)
-        if prefix is None:
-            return weights
-        weights = {name.removeprefix(prefix): w for name, w in weights.items()}
+    starts = sorted(found[1] for name in weights if (found := NETWORK.fullmatch(name)))
+    named = [start for word in ("generator_ema", "generator") for start in starts
+             if word in start.split(".")]
+    require(named or len(starts) < 2, f"{path} holds {len(starts)} networks, under "
+            f"{' and '.join(start or 'no prefix' for start in starts)}: save one of them alone")
+    if not starts:  # a VAE, a text encoder, a LoRA
+        while prefix := next((p for p in OUTER if all(n.startswith(p) for n in weights)), None):
+            weights = {name.removeprefix(prefix): w for name, w in weights.items()}
+        return "", weights
+    start = (named or starts)[0]
+    left = sorted({name.split(".")[0] for name in weights if not name.startswith(start)
+                   and not BESIDE.match(name)})
+    require(named or not left, f"{path} holds {', '.join(left[:4])} beside the network, whose "
+            f"names begin with {start}: save the network alone")
+    return start, {k.removeprefix(start): w for k, w in weights.items() if k.startswith(start)}
 
 
 DIFFUSERS = (  # diffusers' part of a name -> the official one

@@ -122,17 +122,18 @@ def open_tensors(path, companions=False):
     require(tensors, f"{path} holds no weights: name a .safetensors or .pt file, or a folder of "
             ".safetensors files")
     source = str(files[0]) if len(files) == 1 else f"{len(files)} files in {files[0].parent}"
-    if not entry:
-        entry = next((name for name in ("generator_ema", "generator")
-                      if any(key.startswith(f"{name}.") for key in tensors)), "")
-    return without_wrappers(tensors), source + (f" ({entry})" if entry else ""), entry
+    prefix, tensors = without_wrappers(tensors, path)
+    entry = "/".join(filter(None, (entry, prefix.rstrip("."))))
+    return tensors, source + (f" ({entry})" if entry else ""), entry
 
 
 def role_of(entry, config):
     """Whether weights are a teacher's or a student's, as far as the file and its config.json say:
     a generator is a student; Wan's own classes are the bidirectional teacher."""
-    if "generator" in entry:
+    if "generator" in entry or "student" in entry:
         return "student"
+    if "teacher" in entry or "real_score" in entry:
+        return "teacher"
     kind = str(config.get("_class_name", ""))
     if "Causal" in kind:
         return "student"
