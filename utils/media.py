@@ -19,7 +19,9 @@ from utils.video import iter_video, over_white
 
 VIDEO_ENDINGS = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi")
 OTHER_VIDEOS = (".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".ogv", ".3gp")
-LEFT_BEHIND = ("@eaDir", "@Recycle", "@tmp", "#recycle", "#snapshot", "$RECYCLE.BIN", "__MACOSX")
+LEFT_BEHIND = ("@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot",
+               "$recycle.bin", "recycler", "system volume information", "found.000", "lost.dir",
+               "lost+found", "__macosx", "temporary items", "network trash folder")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 FFMPEG = {  # file ending -> how ffmpeg writes it
     ".mp4": dict(codec="libx264", quality=8,
@@ -44,7 +46,7 @@ def parse_size(text):
 
 def hidden(path):
     """Whether a name is one that programs leave behind: .ipynb_checkpoints, ._a.mp4, @eaDir."""
-    return path.name.startswith(".") or path.name in LEFT_BEHIND
+    return path.name.startswith(".") or path.name.lower() in LEFT_BEHIND
 
 
 def image_files(folder):
