@@ -36,6 +36,19 @@ def test_what_programs_leave_behind_is_no_video(tmp_path, capsys):
     assert read(tmp_path, capsys)[0] == ["#cats.mp4", "$5.mp4", "@me.mp4", "one.mp4", "walk"]
 
 
+@pytest.mark.parametrize("name", [
+    "lost+found", "$RECYCLE.BIN", "$Recycle.Bin", "System Volume Information", "@eaDir", "__MACOSX",
+    "FOUND.000", "LOST.DIR", "@Recently-Snapshot", "Network Trash Folder", ".Trash-1000"])
+def test_folders_of_the_system_are_no_video(tmp_path, capsys, name):
+    make(tmp_path, "one.mp4", f"{name}/0001.jpg", f"{name}/0002.jpg", "lost/0001.jpg")
+    found, _, said = read(tmp_path, capsys)
+    assert found == ["lost", "one.mp4"] and "not read" not in said
+    (tmp_path / "one.mp4").unlink()
+    (tmp_path / "lost/0001.jpg").unlink()
+    with pytest.raises(UsageError, match="no videos in"):
+        videos_in(tmp_path)
+
+
 def test_first_frames_beside_videos_are_not_taken_for_one(tmp_path):
     make(tmp_path, "videos/a.mp4", "images/0001.png", "images/0002.png", "list.txt")
     with pytest.raises(UsageError, match="the videos are in .*videos, one folder deeper"):
@@ -86,6 +99,12 @@ def test_a_video_is_found_however_it_is_written(tmp_path, capsys, video, written
     ("captions.csv", "file;caption\na.mp4;red disc"),
     ("captions.csv", "file\tcaption\na.mp4\tred disc"),
     ("captions.csv", "\ufefffile,caption\r\na.mp4,red disc\r\n\r\n"),
+    ("captions.csv", "\ufeffsep=;\r\nfile;caption\r\na.mp4;red disc\r\n"),
+    ("captions.csv", "sep=,\nfile,caption\na.mp4,red disc"),
+    ("captions.csv", '"sep=;"\nfile;caption\na.mp4;red disc'),
+    ("captions.csv", "sep=\t\nfile\tcaption\na.mp4\tred disc"),
+    ("captions.csv", "SEP=|\nfile|caption\na.mp4|red disc"),
+    ("captions.csv", 'sep=;\n"file";"caption";"seen, or not"\na.mp4;red disc;1'),
     ("captions.csv", 'id,prompt,path\n3,"red disc",videos/a.mp4'),
     ("metadata.csv", "file_name,text\na.mp4,red disc"),
     ("metadata.jsonl", '{"file_name": "a.mp4", "text": "red disc"}\n'),
@@ -125,7 +144,22 @@ def test_the_nearer_text_wins(tmp_path, capsys):
                         "walk": "walk.txt"}
 
 
+def test_an_empty_text_does_not_erase_a_caption(tmp_path, capsys):
+    """Neither a file nor a field of a later list; without any other caption it stays empty."""
+    make(tmp_path, "a.mp4", "b.mp4", "c.mp4", "d.mp4", "b.mp4.txt", "c.txt")
+    (tmp_path / "a.txt").write_text(" \n")
+    (tmp_path / "d.txt").write_text("of the text")
+    (tmp_path / "metadata.csv").write_text("file,caption\na.mp4,x\nb.mp4,y\nd.mp4,z\n")
+    (tmp_path / "captions.csv").write_text("file,caption\nb.mp4,\nd.mp4,\n")
+    _, captions, said = read(tmp_path, capsys)
+    assert captions == {"a.mp4": "x", "b.mp4": "y", "c.mp4": "", "d.mp4": "of the text"}
+    assert "4 videos, 1 without a caption (c.mp4)" in said
+    assert "2 empty text files, for which the lists count (a.txt, b.mp4.txt)" in said
+
+
 @pytest.mark.parametrize("name, text, message", [
+    ("captions.csv", "sep=;\nfile;caption\nb.mp4;x\na.mp4\n", "line 4, has 1 fields"),
+    ("captions.csv", "sep=;\n", "is empty"),
     ("captions.csv", "file,caption\na.mp4,a red disc, moving left\n",
      "line 2, has 3 fields and the first line 2 columns: put a caption .* in double quotes"),
     ("captions.csv", "file,caption\nb.mp4,x\na.mp4\n", "line 3, has 1 fields"),

@@ -98,12 +98,15 @@ def column(names, choices, path, line):
 
 def csv_rows(path):
     """(line, file, caption) of a csv whose first line names its columns; commas, semicolons or tabs
-    separate them."""
+    separate them, as a line "sep=;" before it may say (Excel's)."""
     text = read_text(path)
+    said = re.match(r'\s*"?sep=(.)"?[,;\t ]*(\n|$)', text, re.I)
+    if said:  # its line stays, empty: mistakes are named by their lines
+        text = "\n" * text[:said.end()].count("\n") + text[said.end():]
     require(text.strip(), f"{path} is empty: write file,caption and then a row per video, or "
             "remove it")
     header = text.lstrip().split("\n")[0]
-    separator = max(",;\t", key=header.count)
+    separator = said[1] if said else max(",;\t", key=header.count)
     # a quoted caption may span several lines
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     names, rows = None, []
@@ -222,14 +225,21 @@ def captions_in(folder, videos):
     for name in LISTS:
         if name in lists:
             found, unknown = listed_captions(lists.pop(name), names)
-            captions |= found
+            captions |= {video: text for video, text in found.items()
+                         if text or video not in captions}  # an empty field says nothing
             left += unknown
     beside, texts = text_files(folder, names)
-    captions |= {video: read_text(path).strip() for video, path in beside.items()}
+    written = {video: read_text(path).strip() for video, path in beside.items()}
+    empty = [beside[video].name for video, text in written.items()
+             if not text and captions.get(video)]
+    captions |= {video: text for video, text in written.items()
+                 if text or not captions.get(video)}
     without = [video.name for video in videos if not captions.get(video.name)]
     words = [f"{len(videos)} videos, {len(without)} without a caption"
              + (f" ({some(without)})" if without and len(without) < len(videos) else ""),
              f"{len(left)} rows without a video" + (f" ({some(left)})" if left else "")]
+    if empty:
+        words.append(f"{len(empty)} empty text files, for which the lists count ({some(empty)})")
     if texts:
         words.append(f"{len(texts)} text files beside no video ({some(texts)})")
     if lists:
