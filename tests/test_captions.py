@@ -97,6 +97,7 @@ def test_a_video_is_found_however_it_is_written(tmp_path, capsys, video, written
     ("captions.csv", "file,caption\na.mp4,red disc"),
     ("captions.csv", "File, Caption\na.mp4,red disc"),
     ("captions.csv", "file;caption\na.mp4;red disc"),
+    ("captions.csv", 'file, caption, seen\na.mp4, "red disc", "yes, often"'),
     ("captions.csv", "file\tcaption\na.mp4\tred disc"),
     ("captions.csv", "\ufefffile,caption\r\na.mp4,red disc\r\n\r\n"),
     ("captions.csv", "\ufeffsep=;\r\nfile;caption\r\na.mp4;red disc\r\n"),
@@ -142,6 +143,8 @@ def test_the_nearer_text_wins(tmp_path, capsys):
     captions = read(tmp_path, capsys)[1]
     assert captions == {"a.mp4": "a.mp4.txt", "B.mp4": "B.txt", "b.mp4": "b.txt",
                         "walk": "walk.txt"}
+    (tmp_path / "a.mp4.txt").write_text("\n")
+    assert read(tmp_path, capsys)[1]["a.mp4"] == "a.txt"  # but not an empty one
 
 
 def test_an_empty_text_does_not_erase_a_caption(tmp_path, capsys):

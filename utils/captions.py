@@ -108,7 +108,8 @@ def csv_rows(path):
     header = text.lstrip().split("\n")[0]
     separator = said[1] if said else max(",;\t", key=header.count)
     # a quoted caption may span several lines
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True,
+                        skipinitialspace=True)  # or quotes after a space would not be any
     names, rows = None, []
     try:
         for row in reader:
@@ -201,11 +202,13 @@ def listed_captions(path, names):
 
 def text_files(folder, names):
     """({video's name: text file}, [text files that fit no video]). a.txt and a.mp4.txt belong to
-    a.mp4, walk.txt to the folder walk; of two, the one whose name is nearer wins."""
+    a.mp4, walk.txt to the folder walk; of two, one that is not empty wins, then the nearer name."""
     beside, left = {}, []
     texts = [p for p in folder.iterdir() if p.suffix.lower() == ".txt" and not hidden(p)]
-    # exact names last, a whole name after a stem: later ones win
-    texts.sort(key=lambda p: (p.stem in names.tables[0], p.stem in names.tables[2], p.name))
+    # empty ones (at most a line's end) first, exact names last, a whole name after a stem: later
+    # ones win
+    texts.sort(key=lambda p: (p.is_file() and p.stat().st_size > 2, p.stem in names.tables[0],
+                              p.stem in names.tables[2], p.name))
     for text in texts:
         found = names.find(text.stem)
         for video in found:
