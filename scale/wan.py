@@ -62,7 +62,8 @@ def fill(model, tensors, where, dtype=None):
 
 def one_of(folder, pattern, what):
     """The one file of a folder that fits a pattern, or None; UsageError if there are several."""
-    found = sorted(p for p in folder.glob(pattern) if not p.name.startswith("."))
+    found = sorted(p for p in folder.glob(pattern) if not p.name.startswith(".")
+                   and p.suffix in (".pth", ".safetensors"))
     require(len(found) < 2, f"{folder} holds {len(found)} {what}s ({listed(found)}): name one of "
             "them")
     return found[0] if found else None
@@ -78,9 +79,9 @@ def find_vae(path):
     if path.is_dir() and (path / "vae").is_dir():
         path = path / "vae"
     if path.is_dir():
-        official = one_of(path, "*[Vv][Aa][Ee]*.pth", "VAE")
+        official = one_of(path, "*[Vv][Aa][Ee]*", "VAE")
         if official:
-            return official, None
+            return (official, None) if official.suffix == ".pth" else find_vae(official)
         config = path / "config.json"
         require(config.is_file(), f"{path} holds no VAE: name the folder vae of a -Diffusers "
                 "download, or Wan2.1_VAE.pth of the official one")
@@ -172,7 +173,7 @@ def find_text_encoder(path):
     if path.is_dir():
         if (path / "text_encoder").is_dir():
             path = path / "text_encoder"
-        path = one_of(path, "*t5*.pth", "text encoder") or path
+        path = one_of(path, "*t5*", "text encoder") or path
     folder = path if path.is_dir() else path.parent
     config, settings = folder / "config.json", None
     if path.is_dir():
