@@ -73,7 +73,8 @@ def state_dict_in(contents, file):
     path = []
     while isinstance(contents, dict):
         inner = [name for name, value in contents.items() if isinstance(value, dict) and value]
-        known = [name for name in NESTED if name in inner]
+        known = [name for name in NESTED if name in inner] or [
+            name for name in inner if "lora" in str(name)][:1]  # refused below, by its kind
         tensors = {str(k): v for k, v in contents.items() if isinstance(v, torch.Tensor)}
         if tensors and not known:
             return "/".join(path), tensors
@@ -90,13 +91,20 @@ def state_dict_in(contents, file):
 def open_file(file):
     """(name of the entry, {name: tensor, read from disk when it is sliced}) of a weight file."""
     ending = file.suffix.lower()
-    require(ending != ".gguf", f"{file} is a GGUF, quantised for other programs: take the "
-            "bfloat16 or float32 .safetensors")
     with open(file, "rb") as f:
-        pointer = f.read(31) == b"version https://git-lfs.github."
-    require(not pointer, f"{file} is a pointer of Git LFS, not the weights: run git lfs pull in "
-            "its folder, or download the file itself")
-    if ending == ".safetensors":
+        head = f.read(512)
+    require(ending != ".gguf" and head[:4] != b"GGUF", f"{file} is a GGUF, quantised for other "
+            "programs: take the bfloat16 or float32 .safetensors")
+    require(not head.startswith(b"version https://git-lfs.github."), f"{file} is a pointer of Git "
+            "LFS, not the weights: run git lfs pull in its folder, or download the file itself")
+    require(b"<html" not in head.lower(), f"{file} is a web page, not the weights: download the "
+            "file behind its button, on Hugging Face /resolve/ in place of /blob/ in the address")
+    partial = not head or Path(f"{file}.aria2").exists()  # aria2 fills what is missing with zeros
+    require(not partial, f"{file} is not downloaded to its end: run the download again")
+    json = head[8:9] == b"{"  # of safetensors, which also have other endings, or none in a cache
+    require(json or ending != ".safetensors" or not head.startswith((b"PK\3\4", b"\x80")),
+            f"{file} is a .pt file under another name: rename it")
+    if json or ending == ".safetensors":
         handle = safe_open(file, "pt")
         return "", {name: handle.get_slice(name) for name in handle.keys()}
     return state_dict_in(load_pickled(file), file)
