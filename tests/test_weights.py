@@ -2,6 +2,7 @@
 given."""
 import argparse
 import json
+import re
 import shutil
 import weakref
 from dataclasses import asdict
@@ -14,7 +15,7 @@ import model as M
 import sample
 import train
 from experiments import evaluate
-from scale import parallel, serve, wan
+from scale import encode, parallel, serve, wan
 from scale.run import network_config
 from tests.common import (WAN, inputs, largest_difference, network, relative, several_processes,
                           small_config, small_vae_and_text_encoder, tiny, weights, write_official)
@@ -251,6 +252,128 @@ def test_a_repository_without_its_network_is_named(tmp_path):
         runs.read_settings(root)
 
 
+def hub_of(folder, models):
+    """Hugging Face's cache: {model: [hashes]}, its snapshots links into blobs."""
+    for model, hashes in models.items():
+        root = folder / "hub" / f"models--{model.replace('/', '--')}"
+        touch(root / "blobs", "b0")
+        touch(root / "refs", "main")
+        save_file(tensors_of(), root / "blobs/b1")
+        for name in hashes:
+            snapshot = root / "snapshots" / name
+            touch(snapshot / "transformer")
+            (snapshot / "model_index.json").symlink_to("../../blobs/b0")
+            (snapshot / "transformer/w.safetensors").symlink_to("../../../blobs/b1")
+    return root
+
+
+WAN_ID = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+
+
+def test_a_cache_of_hugging_face_stands_for_its_snapshot(tmp_path, capsys):
+    """The model's folder, its snapshots, the cache, and the folder above; also a blob itself."""
+    root = hub_of(tmp_path, {WAN_ID: ["abc"]})
+    (root / "snapshots" / "begun").mkdir()
+    touch(tmp_path / "hub", "version.txt")
+    snapshot = root / "snapshots" / "abc"
+    for path in (root, root / "snapshots", root.parent, tmp_path):
+        for name in ("--wan", "--teacher"):
+            assert train.parse([name, str(path)]) == {"teacher": str(snapshot)}
+            assert f"using the snapshot {snapshot}" in capsys.readouterr().out
+        args = args_for("--vae", path, "--text-encoder", path, "--wan", path)
+        assert args.vae == args.text_encoder == args.wan == str(snapshot)
+        assert encode.arguments(["--vae", str(path), "--out", "x"]).vae == str(snapshot)
+    capsys.readouterr()
+    assert args_for("--wan", snapshot).wan == str(snapshot) and not capsys.readouterr().out
+    assert runs.read_settings(snapshot) is None
+    assert len(open_weights(snapshot)) == len(open_weights(root / "blobs/b1")) == len(tensors_of())
+
+
+@pytest.mark.parametrize("models, hurt, path, message", [
+    ({WAN_ID: ["abc", "def"]}, "", "hub", "with 2 snapshots: name one, .*/abc or .*/def"),
+    ({WAN_ID: []}, "", "hub", "with 0 finished snapshots: download it again"),
+    ({"a/bert": ["abc"], WAN_ID: ["abc"]}, "", "", "with 2 models .models--Wan-AI.*, models--a--"),
+    ({WAN_ID: ["abc"]}, "blobs/b1", "hub", "links to files that are gone .w.safetensors.")])
+def test_what_a_cache_leaves_open_is_listed(tmp_path, capsys, models, hurt, path, message):
+    root = hub_of(tmp_path, models)
+    if hurt:
+        (root / hurt).unlink()
+    for command in (args_for, lambda *flags: train.parse([*map(str, flags)])):
+        with pytest.raises(SystemExit):
+            command("--wan", tmp_path / path)
+        said = capsys.readouterr().err
+        assert re.search(message, said) and said.count("\n") == 1 and "--help" not in said
+
+
+def test_paths_as_they_are_typed(tmp_path, monkeypatch, capsys):
+    """A home that the shell has left, and a repository's name in place of a folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert args_for("--wan", "~/wan").wan == str(tmp_path / "wan")
+    assert args_for("--weights", "out").weights == "out"
+    with pytest.raises(SystemExit):
+        args_for("--wan", WAN_ID)
+    assert f"hf download {WAN_ID} --local-dir" in capsys.readouterr().err
+
+
+def test_files_are_known_by_their_content(tmp_path):
+    """Under another ending they load, or one sentence says what they are."""
+    save_file(tensors_of(), tmp_path / "w.bin")
+    assert len(open_weights(tmp_path / "w.bin")) == len(tensors_of())
+    torch.save(tensors_of(), tmp_path / "pt.safetensors")
+    (tmp_path / "page.safetensors").write_text("<!DOCTYPE html>\n<html lang='en'>" * 99)
+    (tmp_path / "page.pth").write_text("\n<HTML>")
+    (tmp_path / "gguf.safetensors").write_bytes(b"GGUF" + bytes(99))
+    save_file(tensors_of(), touch(tmp_path, "empty.pt", "part.safetensors.aria2")
+              / "part.safetensors")
+    for name, message in (("pt.safetensors", "is a .pt file under another name: rename it"),
+                          ("page.safetensors", "is a web page, .* /resolve/ in place of /blob/"),
+                          ("page.pth", "is a web page"), ("gguf.safetensors", "is a GGUF"),
+                          ("empty.pt", "is not downloaded to its end"),
+                          ("part.safetensors", "is not downloaded to its end")):
+        with pytest.raises(UsageError, match=f"{name} {message}"):
+            open_weights(tmp_path / name)
+
+
+def test_weights_one_folder_deeper_are_found(tmp_path):
+    for names in (("vae", "Wan2.1-T2V-1.3B"), ("stage1", "stage2", "text_encoder")):
+        for name in names:
+            save_file(tensors_of(), touch(tmp_path / names[0] / "x" / name) / "ema.safetensors")
+        found = ", ".join(name for name in names if name not in ("vae", "text_encoder"))
+        with pytest.raises(UsageError, match=f"name a folder in it that does, {found}$"):
+            runs.read_settings(tmp_path / names[0] / "x")
+    with pytest.raises(UsageError, match="no finished stage and no weights: train it first"):
+        runs.read_settings(touch(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("names, message", [
+    (("__0_0.distcp", ".metadata"), "format_utils dcp_to_torch .* FILE.pt"),
+    (("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+     "join them with the script zero_to_fp32.py"),
+    (("zero_to_fp32.py", "latest"), "join them with the script zero_to_fp32.py")])
+def test_shards_of_trainers_are_joined_first(tmp_path, names, message):
+    touch(tmp_path, *names)
+    for read in (open_weights, runs.read_settings):
+        with pytest.raises(UsageError, match=message):
+            read(tmp_path)
+    if "mp_rank_00_model_states.pt" not in names:  # what was joined lies beside them
+        save_file(tensors_of(), tmp_path / "joined.safetensors")
+        assert len(open_weights(tmp_path)) == len(tensors_of())
+
+
+def test_a_vae_or_text_encoder_as_one_safetensors_file(tmp_path):
+    """ComfyUI's folders, and two of them."""
+    touch(tmp_path / "vae", "wan_2.1_vae.safetensors", "put_vae_here")
+    assert wan.find_vae(tmp_path / "vae") == (tmp_path / "vae/wan_2.1_vae.safetensors", None)
+    texts = touch(tmp_path / "text_encoders", "umt5_xxl_fp16.safetensors")
+    touch(texts / "google/umt5-xxl", "spiece.model")
+    assert wan.find_text_encoder(texts) == (texts / "umt5_xxl_fp16.safetensors", None,
+                                            texts / "google/umt5-xxl")
+    touch(tmp_path / "vae", "wan2.2_vae.safetensors")
+    with pytest.raises(UsageError, match="holds 2 VAEs .wan2.2_vae.safetensors, wan_2.1_vae"):
+        wan.find_vae(tmp_path / "vae")
+
+
 def test_embedded_prompts_are_checked(tmp_path):
     """Latents in place of a text, and a text that is not finite."""
     save_file({"latents": torch.zeros(2)}, tmp_path / "a.safetensors")
@@ -289,6 +412,7 @@ def test_other_kinds_are_named(tmp_path, change, message):
 @pytest.mark.parametrize("contents, message", [
     ({"generator": {}, "args": argparse.Namespace(lr=1)}, "holds Python objects"),
     ({"epoch": 3}, "holds no tensors"),
+    ({"generator_lora": one("q.lora_A.weight"), "critic_lora": one("q.lora_A.weight")}, "a LoRA"),
     ({"left": {"a": torch.zeros(1)}, "right": {"a": torch.zeros(1)}}, "several entries")])
 def test_pt_files_without_weights_are_one_sentence(tmp_path, contents, message):
     torch.save(contents, tmp_path / "w.pt")

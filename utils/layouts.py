@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from model import PRESETS
-from utils.errors import require
+from utils.errors import first_process, require
 from utils.files import read_json
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
@@ -30,11 +30,52 @@ def listed(paths):
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
+def downloaded(path):
+    """What a path on the command line means: of Hugging Face's cache, a model's folder in it
+    (models--A--B) or one above, the one snapshot; any other path as it is. UsageError, with the
+    candidates, if there are several; for a repository's name; for links whose files are gone."""
+    given, path = path, Path(path).expanduser()  # the shell leaves --wan=~/x as it is
+    require(path.exists() or path.parent.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", given),
+            f"{given} does not exist: check the path, or if it names a repository, download it: hf "
+            f"download {given} --local-dir DIR")
+    hub = path / "hub" if (path / "hub").is_dir() else path
+    models = sorted(hub.glob("models--*"), key=lambda p: ("wan" not in p.name.lower(), p.name))
+    require(len(models) < 2, f"{path} is Hugging Face's cache, with {len(models)} models "
+            f"({listed(models)}): name the folder of one")
+    model = (*models, path.parent if path.name == "snapshots" else path)[0]
+    if models or (model / "snapshots").is_dir():
+        found = sorted(p for p in model.glob("snapshots/*") if p.is_dir() and any(p.iterdir()))
+        require(len(found) == 1, f"{model} is a model in Hugging Face's cache with {len(found)} "
+                + (f"snapshots: name one, {' or '.join(map(str, found))}" if found else
+                   "finished snapshots: download it again"))
+        path = found[0]
+        if first_process():
+            print(f"{given}: using the snapshot {path}", flush=True)
+    lost = [p for p in (*path.glob("*"), *path.glob("*/*")) if p.is_symlink() and not p.exists()
+            and p.suffix.lower() in (*ENDINGS, ".json")]
+    require(not lost, f"{path} has links to files that are gone ({listed(lost)}): download it "
+            "again, or copy it with cp -rL from where it is whole")
+    return str(path)
+
+
+def refuse_shards(folder, weights):
+    """Raise UsageError, with the command that joins them, for a trainer's state in shards, unless
+    other weights lie beside it."""
+    if all(file.name.endswith("_states.pt") for file in weights):
+        require(not any(folder.glob("*.distcp")), f"{folder} holds a distributed checkpoint, in "
+                "shards: join them, python -m torch.distributed.checkpoint.format_utils "
+                f"dcp_to_torch {folder} FILE.pt")
+        deepspeed = (folder / "zero_to_fp32.py").is_file() or any(folder.glob("*_optim_states.pt"))
+        require(not deepspeed, f"{folder} holds DeepSpeed's state, in shards: join them with the "
+                "script zero_to_fp32.py in it or above, and name the file that it writes")
+
+
 def weight_files(folder, companions=False):
     """The weight files of a folder, hidden files left out; without `companions` also VAE, text and
     image encoder of the official folder are."""
     found = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in ENDINGS and p.is_file()
                    and not p.name.startswith("."))
+    refuse_shards(Path(folder), found)
     return [p for p in found if companions or not COMPANION.search(p.name)]
 
 
@@ -77,6 +118,13 @@ def files_of(path, companions=False):
         require(len(files) == number, f"{path} holds {len(files)} of {number} files "
                 f"({listed(files)}): download the rest")
     return files
+
+
+def one_deeper(folder):
+    """The folders in a folder that hold a network or a download."""
+    return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "."
+                  and not re.search("vae|encoder|clip", p.name)
+                  and ((p / "model_index.json").is_file() or weight_files(p)))
 
 
 def config_beside(path):

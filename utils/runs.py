@@ -14,7 +14,7 @@ from tqdm import tqdm
 from model import Config
 from utils.errors import UsageError, require
 from utils.files import atomic_write, listing_of, read_json, write_json
-from utils.layouts import files_of, network_folder, weight_files
+from utils.layouts import files_of, listed, network_folder, one_deeper, weight_files
 from utils.tracking import open_tracker
 
 SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "student"
@@ -91,8 +91,12 @@ def read_settings(folder):
     repository = (folder / "model_index.json").is_file() and not weight_files(inner)
     require(not repository, f"{folder} lacks the network, its folder transformer: download the "
             "rest, or name the network with --teacher or --weights")
-    require(folder.is_file() or weight_files(inner), f"{folder} holds no finished stage and no "
-            "weights: train it first (python train.py --stage N), or name another")
+    if folder.is_dir() and not weight_files(inner):
+        deeper = one_deeper(folder)
+        require(not deeper, f"{folder} holds no weights itself: name a folder in it that does, "
+                f"{listed(deeper)}")
+        raise UsageError(f"{folder} holds no finished stage and no weights: train it first (python "
+                         "train.py --stage N), or name another")
     return None
 
 

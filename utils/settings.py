@@ -17,7 +17,7 @@ from losses import GAN_LOSSES
 from model import chunk_bounds
 from utils.errors import (UsageError, check_device, first_process, require,
                           wait_for_the_first)
-from utils.layouts import config_beside
+from utils.layouts import config_beside, downloaded
 from utils.tracking import check_tracker
 from utils.weights import open_weights
 
@@ -35,6 +35,7 @@ LIMITS = (  # least, most, in words, the settings that have to lie between
     (-INF, 1, "at most 1", "context_level"),
     (3, INF, "at least 3", "frames"),
     (0, 90, "between 0 and 90, or its clips would be held-out ones", "seed"))
+WEIGHTS = ("weights", "wan", "teacher", "init", "real_score", "vae", "text_encoder")
 RENAMED = {  # flag of earlier versions -> what it is called now
     "--clip": "--grad-clip", "--critic-betas": "--fake-betas and --disc-betas",
     "--critic-lr": "--fake-lr and --disc-lr", "--critic-updates": "--fake-updates",
@@ -104,9 +105,24 @@ class Parser(argparse.ArgumentParser):
         for word in message.replace("=", " ").split():
             if word in RENAMED:
                 message = f"{word} is now {RENAMED[word]}"
+        self.leave(f"{message}; {self.prog} --help lists every flag")
+
+    def leave(self, message):
+        """Say what is wrong, and exit."""
         if not first_process():  # all processes have the same flags
             wait_for_the_first()
-        self.exit(2, f"error: {message}; {self.prog} --help lists every flag\n")
+        self.exit(2, f"error: {message}\n")
+
+    def parse_args(self, *args, **options):
+        """The flags; those that name weights as paths that hold them."""
+        args = super().parse_args(*args, **options)
+        try:
+            for name in WEIGHTS:
+                if getattr(args, name, None):
+                    setattr(args, name, downloaded(getattr(args, name)))
+        except UsageError as error:
+            self.leave(error)
+        return args
 
 
 def flag(name):
