@@ -65,7 +65,7 @@ def refuse_shards(folder, weights):
         require(not any(folder.glob("*.distcp")), f"{folder} holds a distributed checkpoint, in "
                 "shards: join them, python -m torch.distributed.checkpoint.format_utils "
                 f"dcp_to_torch {folder} FILE.pt")
-        deepspeed = (folder / "zero_to_fp32.py").is_file() or any(folder.glob("*_optim_states.pt"))
+        deepspeed = [*folder.glob("zero_to_fp32.py"), *folder.glob("*_optim_states.pt")]
         require(not deepspeed, f"{folder} holds DeepSpeed's state, in shards: join them with the "
                 "script zero_to_fp32.py in it or above, and name the file that it writes")
 
@@ -121,10 +121,11 @@ def files_of(path, companions=False):
 
 
 def one_deeper(folder):
-    """The folders in a folder that hold a network or a download."""
+    """The folders in a folder that hold a network or a download. glob() passes over those that may
+    not be read."""
     return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "."
                   and not re.search("vae|encoder|clip", p.name)
-                  and ((p / "model_index.json").is_file() or weight_files(p)))
+                  and (any(p.glob("model_index.json")) or weight_files(p)))
 
 
 def config_beside(path):
