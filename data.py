@@ -172,8 +172,7 @@ class ToyWorld:
         square = torch.maximum(dx.abs(), dy.abs()) - .82 * r
         triangle = torch.maximum(dy - .62 * r, .866 * dx.abs() - .5 * dy - .62 * r)
         distance = torch.where(kind == 0, disc, torch.where(kind == 1, square, triangle))
-        # soft edges: a pixel-sharp outline costs hours to learn
-        return (.5 - distance / (self.size * 3 / 32)).clamp(0, 1)
+        return (.5 - distance / (self.size * 3 / 32)).clamp(0, 1)  # sharp ones take hours to learn
 
     def layers(self, state):
         """The empty background and the shape's colour everywhere, each (b, 3, H, W)."""

@@ -1,4 +1,4 @@
-"""The network: Wan 2.1's video DiT, used in two ways.
+"""The network: Wan 2.1's video DiT, whose official weights load as they are, used in two ways.
 
 Bidirectional, it is the teacher, the fake score and the discriminator's backbone. With a
 block-causal mask or a KV cache, both arguments of the same forward pass, it is the student.
@@ -7,8 +7,6 @@ block-causal mask or a KV cache, both arguments of the same forward pass, it is 
     time    (b, f)            one value PER FRAME, 0 = clean, 1 = noise
     text    (b, l, d)         embeddings, zero-padded to `text_len`; Wan attends to the padding
     output  (b, f, c, h, w)   the flow  v = eps - x0
-
-Parameter names are exactly those of the official Wan 2.1 checkpoints, which load as they are.
 """
 import functools
 import itertools
@@ -121,8 +119,7 @@ def attention(q, k, v):
 
 def framewise_attention(q, k, v, groups):
     """Masked attention for q, k, v (b, f, n, heads, d), n tokens a frame -> (b, f, n, heads * d).
-    One unmasked call per group of frames that see the same keys: no token mask (1 GB at Wan
-    scale) is built, hidden keys cost nothing, and every attention kernel will do."""
+    One unmasked call per group of frames that see the same keys: a token mask would take 1 GB."""
     out = [attention(*(x.flatten(1, 2) for x in (q[:, queries], k[:, keys], v[:, keys])))
            for queries, keys in groups]
     return rearrange(torch.cat(out, 1), "b (f n) h d -> b f n (h d)", n=q.shape[2])
@@ -130,7 +127,7 @@ def framewise_attention(q, k, v, groups):
 
 @functools.lru_cache(maxsize=16)
 def rope_table(positions, h, w, head_dim, device):
-    """exp(i angle) of the 3-D rotary embedding: (f, h*w, 1, head_dim / 2) complex64.
+    """Cosines and sines of the 3-D rotary embedding: (2, f, h*w, 1, head_dim / 2).
     positions: tuple of f frame positions. A head's numbers are split into time | height | width; a
     part of n numbers has frequencies 10000^(-2j/n). Angles are float64, as upstream."""
     part = 2 * (head_dim // 6)  # height and width; time takes the rest
@@ -139,13 +136,13 @@ def rope_table(positions, h, w, head_dim, device):
     freqs = [10000.0 ** (-torch.arange(0, n, 2, dtype=torch.float64) / n)
              for n in (head_dim - 2 * part, part, part)]
     angles = torch.cat([x[..., None] * freq for x, freq in zip(coords.unbind(-1), freqs)], -1)
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
+    return torch.stack([angles.cos(), angles.sin()]).float().to(device)
 
 
 def rotate(x, rope):
-    """Rotary embedding of x (b, f, n, heads, d) in float32: (x0 + i x1) exp(i angle) of pairs."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+    """Rotary embedding of x (b, f, n, heads, d) in float32: each pair of numbers turns."""
+    (cos, sin), (a, b) = rope, x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
 
 class GELU(nn.GELU):
@@ -224,7 +221,8 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim ** 0.5)
 
     def forward(self, x, e):
-        """x (b, f, n, dim), e (b, f, dim) of a frame -> (b, f, n, patch volume * channels)"""
+        """x (b, f, n, dim), e (b, f, dim) of a frame -> patches (b, f, n, p * p * c): in Wan the
+        channels are last here, and first in the input"""
         shift, scale = (self.modulation + e[:, :, None])[..., None, :].unbind(2)
         return self.head(self.norm(x) * (1 + scale) + shift)
 
@@ -300,8 +298,7 @@ class DiT(nn.Module):
                 features.append(x)
         if cache is not None:
             cache.write(present)
-        x = self.head(x, e)  # patches again, but here Wan has the channels last
-        flow = rearrange(x, "b f (h w) (p q c) -> b f c (h p) (w q)", h=h, p=p, q=p)
+        flow = rearrange(self.head(x, e), "b f (h w) (p q c) -> b f c (h p) (w q)", h=h, p=p, q=p)
         return (flow, features) if feature_layers else flow
 
 
@@ -329,10 +326,9 @@ class KVCache:
 
     Keys are stored BEFORE RoPE and get their positions when they are read, counted inside
     [sink | window | chunk] (StreamingLLM, 2309.17453; AAD-1 section 3.1): distances stay in the
-    trained range, however long the stream. relative=False: positions are frame numbers of the
-    video, as in Self Forcing. detach=False: gradients pass through the cache.
-    Each pass over a chunk overwrites `present`; commit() moves it to `past`. Size of a layer:
-    (sink + window + chunk) * tokens a frame * 2 * dim values."""
+    trained range. relative=False: frame numbers of the video, as in Self Forcing. detach=False:
+    gradients pass through the cache.
+    Each pass over a chunk overwrites `present`; commit() moves it to `past`."""
     def __init__(self, sink=1, window=None, relative=True, detach=True):
         self.sink, self.window, self.relative, self.detach = sink, window, relative, detach
         self.past = self.present = None  # per layer (k, v), each (b, frames, n, heads, d)

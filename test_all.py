@@ -143,8 +143,8 @@ def test_golden_dmd():
 
 def test_a_head_is_split_into_time_height_and_width():
     """Of 128: 44, 42, 42. A step along one axis turns its own part alone, by the right angles."""
-    still = M.rope_table((0,), 2, 2, 128, "cpu")[0, :, 0].angle()
-    later = M.rope_table((1,), 2, 2, 128, "cpu")[0, :, 0].angle()
+    still, later = (torch.atan2(sin, cos)[0, :, 0] for cos, sin in (
+        M.rope_table((frame,), 2, 2, 128, "cpu") for frame in (0, 1)))
     moved = [(later[0] - still[0]), (still[2] - still[0]), (still[1] - still[0])]  # t, h, w
     for delta, (start, width) in zip(moved, ((0, 44), (44, 42), (86, 42))):
         pairs = slice(start // 2, (start + width) // 2)

@@ -91,9 +91,9 @@ def stream(net, size, steps, reuse, chunks, seconds):
     last pass left it, which saves its context pass."""
     cfg, device, dtype = net.cfg, net.head.modulation.device, net.head.modulation.dtype
     generator = torch.Generator(device).manual_seed(0)
-    options = dict(generator=generator, device=device, dtype=dtype)
+    options = dict(generator=generator, device=device)
 
-    def randn(f):
+    def randn(f):  # latents are float32, as in sample.py
         return torch.randn(1, f, cfg.in_dim, *size, **options)
 
     text = torch.randn(1, cfg.text_len, cfg.text_dim, **options)

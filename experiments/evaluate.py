@@ -315,16 +315,18 @@ def make(net, codec, settings, clips, frames, steps, seed=0, at_once=64):
     cfg = SimpleNamespace(**(settings if net else {**settings, "frames": frames}))
     data, words, made, raws = dataset(cfg), WordEncoder(cfg.text_len, cfg.text_dim), [], []
     clips = list(clips)
-    bfloat16 = settings["dtype"] == "bfloat16" and has_bfloat16("cpu")
+    device = next(net.parameters()).device if net else torch.device("cpu")
+    bfloat16 = settings["dtype"] == "bfloat16" and has_bfloat16(device.type)
     for i in range(0, len(clips), at_once):
         part = clips[i:i + at_once]
         raw, draws = data.batch(part), Draws(part, "evaluate", seed)
         x = codec.encode(raw["video"])
         if net is not None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                x = generate(net, settings, x[:, :cfg.first], words.encode(raw["text"]),
-                             lambda n: draws.randn(n, *x.shape[2:]), frames, steps)
-        made.append(codec.decode(x))
+            image, text = x[:, :cfg.first].to(device), words.encode(raw["text"]).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                x = generate(net, settings, image, text,
+                             lambda n: draws.randn(n, *x.shape[2:]).to(device), frames, steps)
+        made.append(codec.decode(x.cpu()))
         raws.append(raw)
     return torch.cat(made), raws, data
 
@@ -385,7 +387,7 @@ def scores_of(net, codec, settings, number=256, steps=None, long=True, which="se
 
 def stage_scores(folder, number=256, steps=None, long=True, which="search"):
     """Scores of a stage's EMA weights, see scores_of(). steps: passes per chunk, also a list."""
-    net, codec, settings = load_stage(folder)
+    net, codec, settings = load_stage(folder, device=cuda_or_cpu())
     require(codec, f"{folder} was trained on latents, which have no scores here: look at what "
             "sample.py makes of it")
     require(settings["stage"] or not isinstance(steps, list), f"{folder} is a teacher, which makes "

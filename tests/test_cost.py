@@ -9,7 +9,7 @@ import model as M
 import train
 from experiments import bench, flops, plan
 from scale import muon, state
-from tests.common import relative, small_config
+from tests.common import relative, small_config, tiny
 from utils.errors import UsageError
 
 
@@ -130,3 +130,11 @@ def test_a_fresh_optimizer_is_saved_as_it_is(decay):
 def test_bench_refuses_flags_it_does_not_know():
     with pytest.raises(UsageError, match="unknown"):
         bench.main(["load", "--nonsense"])
+
+
+def test_a_stream_in_bfloat16_is_benched():
+    """As on a GPU: bfloat16 weights, float32 latents, several passes a chunk."""
+    torch.manual_seed(0)
+    net = M.build(tiny(window=2)).bfloat16()
+    first, wall, _, flops_a_second = bench.stream(net, (4, 4), 4, False, 1, 0.0)
+    assert first > 0 and wall > 0 and flops_a_second > 0

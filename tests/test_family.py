@@ -48,7 +48,7 @@ def frozen_updates(monkeypatch, run):
 
 def test_a_recipe_is_its_flags():
     """--recipe sets what can be set flag by flag."""
-    flags = ("--student-steps 4 --ode-anchor 0 --no-cache-grad --gan-weight 1 --gan-ratio 0.5 "
+    flags = ("--student-steps 4 --ode-anchor 0 --gan-weight 1 --gan-ratio 0.5 "
              "--gan-loss relativistic --gan-real more --disc-backbone detached "
              "--disc-updates 1 --disc-lr 4e-4 --tag asd")
     by_hand, by_name = (train.make_config(train.parse(words.split()), 2)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.common import HERE
 
-BUDGETS = {"losses": 260, "model": 365, "discriminator": 110, "sample": 240, "data": 422,
+BUDGETS = {"losses": 260, "model": 360, "discriminator": 110, "sample": 240, "data": 420,
            "train": 560}
 ROOMS = {  # a room -> the rooms that it may import; utils reads only the two that know nothing else
     "model": set(), "losses": set(), "utils": {"model", "losses"}, "data": {"utils"},
@@ -65,7 +65,7 @@ def test_no_room_is_in_a_circle():
 def test_the_method_fits_its_budget():
     lines = {name: len((HERE / f"{name}.py").read_text().splitlines()) for name in BUDGETS}
     assert all(lines[name] <= most for name, most in BUDGETS.items()), lines
-    assert sum(lines.values()) <= 1900, lines
+    assert sum(lines.values()) <= 1860, lines
     assert len((HERE / "test_all.py").read_text().splitlines()) <= 700
 
 
