@@ -417,7 +417,7 @@ def distil_step(run):
     for update in range(cfg.disc_updates if judge else 0):
         log |= disc_step(run, clips, update, exit_step)
     if cfg.probe_every and run.step % cfg.probe_every == 0:
-        log["spread"] = probe_spread(run)
+        log["probe_spread"] = probe_spread(run)
     return log
 
 

@@ -116,6 +116,8 @@ STARTS = [  # the rows of the family that others start from
     Row("causal teacher", "stage0-causal-teacher", "--recipe causal-teacher", "stage0"),
     Row("stage 1, causal teacher", "stage1-causal-teacher", "--recipe causal-teacher",
         "stage0-causal-teacher"),
+    # the teacher continues chunks of three frames, so a frame at a time is learnt from whole clips
+    Row("stage 1, frame by frame", "stage1-frame", "--chunk 1 --ode-context clean", "stage0"),
 ]
 FAMILY = [
     *RECIPE, *STARTS,
@@ -126,7 +128,8 @@ FAMILY = [
     *relative("one-forcing", (4, 1)),
     *relative("one-forcing", (4, 1), after="stage1-clean", tag="one-forcing-clean",
               flags="--init {out}/stage1-clean", name="one-forcing, start of whole clips"),
-    *relative("one-forcing", (4, 1), tag="one-forcing-frame", flags="--chunk 1 --grad-chunks 7",
+    *relative("one-forcing", (4, 1), after="stage1-frame", tag="one-forcing-frame",
+              flags="--init {out}/stage1-frame --chunk 1 --grad-chunks 7",
               name="one-forcing, frame by frame"),
     *relative("asd", (1,), (2,), *FIRST), *relative("diagonal", (1,)),
     *relative("no-context", name="no context pass, stage 2"),

@@ -254,9 +254,11 @@ LONG = {"stage1": (STAGES[1], GREY), "stage2": (STAGES[2], BLUE), "stage3": (STA
 NAMES = {(row.folder, row.steps): row.name for table in TABLES.values() for row in table}
 PANELS = [  # (stage, title, keys, reference line)
     (0, "loss", ["loss"], None), (1, "loss", ["loss"], None),
-    (2, "distance to real score", ["distance"], None), (2, "spread over seeds", ["spread"], None),
+    (2, "distance to real score", ["distance"], None),
+    (2, "how far seeds differ", ["probe_spread"], None),
     (2, "motion (real clips: 1)", ["motion"], 1.0), (3, "pairs told apart", ["d_pairs"], 0.5),
-    (3, "mean logits", ["d_real", "d_fake"], 0.0), (3, "spread over seeds", ["spread"], None)]
+    (3, "mean logits", ["d_real", "d_fake"], 0.0),
+    (3, "how far seeds differ", ["probe_spread"], None)]
 
 
 def curves(assets, folders):
@@ -278,7 +280,7 @@ def curves(assets, folders):
             ax.plot(steps, values, color=colour, alpha=0.3, lw=0.8)
             ax.plot(steps, mean, color=colour, lw=1.7, label=name)
         ax.set(yscale="log" if keys == ["loss"] else "linear", xlim=(0, len(rows)),
-               ylim=(0, 1.2 * np.nanmax([0.1, *values])) if keys == ["spread"] else None)
+               ylim=(0, 1.2 * np.nanmax([0.1, *values])) if keys == ["probe_spread"] else None)
         ax.set_title(f"stage {stage}: {title}", loc="left")
         if len(keys) > 1:
             ax.legend(labelcolor="linecolor", handlelength=0)

@@ -618,9 +618,10 @@ def test_a_bad_gradient_is_skipped_and_forgotten():
 
 
 def test_stage_2_stops_when_futures_are_forgotten():
-    past = [{"grad": 1.0}, {"spread": torch.nan}, {"spread": 0.8}, {"grad": 1.0}, {"spread": 0.41}]
+    past = [{"grad": 1.0}, {"probe_spread": torch.nan}, {"probe_spread": 0.8}, {"grad": 1.0},
+            {"probe_spread": 0.41}]
     assert not train.reason_to_stop([], 0.5) and not train.reason_to_stop(past, 0.5)
-    past.append({"spread": 0.39})
+    past.append({"probe_spread": 0.39})
     assert "0.390" in train.reason_to_stop(past, 0.5) and not train.reason_to_stop(past, 0.0)
 
 
@@ -636,7 +637,7 @@ def test_stage_two_stops_early_and_stage_three_does_not(small_run, tmp_path, mon
         train.main(["--stage", stage, "--init", str(small_run / f"stage{int(stage) - 1}"), *flags])
         log = logs(tmp_path / f"stage{stage}")
         assert [line["step"] for line in log] == list(range(1, steps + 1))
-        probed = [line["step"] for line in log if "spread" in line]
+        probed = [line["step"] for line in log if "probe_spread" in line]
         assert probed == list(range(1, steps + 1, 2))
     assert "stops early at step 3: seeds of one image differ by 0.400" in capsys.readouterr().out
     assert (tmp_path / "stage2" / "metrics.json").is_file()

@@ -239,9 +239,10 @@ def as_line(row):
 def reason_to_stop(rows, fraction):
     """Why stage 2 ends after the steps whose log is `rows`, or "". DMD that goes on forgets
     futures, until motion collapses (paper section 4). fraction 0: never."""
-    spread = [row["spread"] for row in rows if math.isfinite(row.get("spread", math.nan))]
-    if fraction and spread and spread[-1] < fraction * spread[0]:
-        return f"seeds of one image differ by {spread[-1]:.3f}, at the start it was {spread[0]:.3f}"
+    probes = [row["probe_spread"] for row in rows if "probe_spread" in row]
+    probes = [probe for probe in probes if math.isfinite(probe)]
+    if fraction and probes and probes[-1] < fraction * probes[0]:
+        return f"seeds of one image differ by {probes[-1]:.3f}, at the start it was {probes[0]:.3f}"
     return ""
 
 
