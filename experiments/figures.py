@@ -365,7 +365,9 @@ def front(assets, folders):
     """Two axes, and never one alone: error falls when futures are forgotten, energy does not."""
     rows = rows_of(folders[0])
     hues = [LONG.get(folder[:6], ("", INK))[1] for folder, _ in rows]  # a stage's; else black
-    page, points = Figure(figsize=(9, 4.5 + 0.07 * len(rows))), np.array([*rows.values()])
+    columns = 3 if len(rows) > 30 else 2
+    page = Figure(figsize=(9, 4.5 + 0.14 * len(rows) / columns))
+    points = np.array([*rows.values()])
     ax = page.subplots()
     students = sorted(tuple(point) for point, hue in zip(points, hues) if hue != INK)
     best = [p for i, p in enumerate(students) if all(p[1] < other[1] for other in students[:i])]
@@ -373,7 +375,7 @@ def front(assets, folders):
     for i, (row, point, hue) in enumerate(zip(rows, points, hues)):
         ax.plot(*point, "o", color=hue, ms=4, zorder=4, label=f"{i + 1}  {NAMES.get(row, row[0])}")
     ax.set(xlabel="error: are frames true?", ylabel="energy: do clips go where they might?")
-    page.legend(loc="outside lower left", ncols=2, fontsize=7)
+    page.legend(loc="outside lower left", ncols=columns, fontsize=6.5)
     page.draw_without_rendering()  # only now is it known where the points are
     taken = ax.transData.transform(points) @ (1, 1j) * 72 / page.dpi
     spots = np.outer((8, 13, 19, 26), np.exp(1j * np.pi * (0.25 + np.arange(16) / 8))).ravel()
