@@ -211,6 +211,16 @@ def test_folder_of_videos(tmp_path):
     assert (half[1].float() - media.read_video(tmp_path / "a.mp4", 16)[2].float()).abs().max() < 2
 
 
+def test_every_clip_of_a_folder_is_drawn_as_often(tmp_path):
+    """A video of 5 frames holds one clip of 5, one of 9 holds five: a sixth each."""
+    for name, frames in (("short", 5), ("long", 9)):
+        colour_clip(tmp_path, name, frames)
+    clips = data.VideoFolder(tmp_path, size=8, frames=5).batch(range(600))["video"]
+    ends = clips[:, [0, -1]].mean((2, 3, 4))  # which clip it is
+    share = ends.unique(dim=0, return_counts=True)[1] / 600
+    assert len(share) == 6 and (share - 1 / 6).abs().max() < 0.05
+
+
 @pytest.mark.parametrize("make, message", [
     (lambda d: None, "no videos in"),
     (lambda d: (d / "x.mp4").write_bytes(b"nonsense"), "cannot be read as a video"),
