@@ -160,6 +160,21 @@ def test_gradients_of_the_last_chunks_alone():
     assert whole[:, 1:4].requires_grad
 
 
+@pytest.mark.parametrize("flags, recorded_passes", [
+    ("--grad-chunks 0 --cache-grad", [True, True, True, True]),
+    ("--grad-chunks 0 --no-cache-grad", [False, True, False, True]),
+    ("--grad-chunks 1 --cache-grad", [False, False, True, True]),
+    ("--grad-chunks 1 --no-cache-grad", [False, False, False, True])])
+def test_a_context_pass_has_the_gradient_of_the_chunk_that_reads_it(flags, recorded_passes):
+    """Image, chunk, its context pass, chunk: a chunk without a gradient fills no cache with one."""
+    run, enabled = at_work(2, *flags.split()), []
+    batch = next(run.batches("roll"))
+    run.nets["student"].register_forward_pre_hook(
+        lambda *_: enabled.append(torch.is_grad_enabled()))
+    train.student_clip(run, batch.x0, batch.text, batch.draws, 0, True)
+    assert enabled == recorded_passes
+
+
 def test_real_clips_may_be_the_teachers():
     """--gan-real teacher: clean ends of trajectories, with their own captions."""
     run = at_work(2, "--recipe", "one-forcing", "--gan-real", "teacher")
@@ -523,6 +538,19 @@ def test_eulers_method_inside_a_chunk():
     exact.cfg = net.cfg
     clip = torch.cat(list(sample.rollout(exact, x[:, :1], text, randn, 7, 4, ode=True)), 1)
     assert torch.allclose(clip, x, atol=1e-5) and asked == [3, 3]
+
+
+def test_passes_of_a_chunk_are_eulers_steps():
+    """With any network, not the exact flow alone: each pass starts where the flow of the one before
+    led, x + (t_next - t) v."""
+    net, (x, _, text), flows = network(tiny()), inputs(tiny()), []
+    calls = recorded(net)
+    net.register_forward_hook(lambda _, args, flow: flows.append(flow))
+    list(sample.rollout(net, x[:, :1], text, lambda n: torch.randn(2, n, 4, 4, 4), 7, 4, ode=True))
+    steps = [(a, flow, b) for a, flow, b in zip(calls, flows, calls[1:]) if 0 < b.t.max() < 1]
+    assert len(steps) == 2 * 3
+    for a, flow, b in steps:
+        assert torch.allclose(b.x, a.x + L.expand_t(b.t - a.t) * flow, atol=1e-5)
 
 
 # ---------------------------------------------------------------- runs

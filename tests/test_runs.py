@@ -741,6 +741,37 @@ def test_every_optimizer_has_its_own_betas():
     assert found == {"student": {(0.1, 0.2)}, "fake": {(0.3, 0.4)}, "disc": {(0.5, 0.6)}}
 
 
+def test_every_part_has_its_own_learning_rate():
+    """Heads on the fake score learn at the discriminator's rate, unless one update trains both."""
+    flags = ("--lr 1e-1 --fake-lr 1e-2 --disc-lr 1e-3 --backbone-lr 1e-4 --gan-weight 1 "
+             "--lr-warmup 2 --lr-decay 0").split()
+    for backbone, wanted in (
+            ("own", {"student": 1e-1, "fake": 1e-2, "disc": 1e-4, "disc heads": 1e-3}),
+            ("shared", {"student": 1e-1, "fake": 1e-2, "fake heads": 1e-2}),
+            ("detached", {"student": 1e-1, "fake": 1e-2, "fake heads": 1e-3})):
+        run = rehearsal(2, *flags, "--disc-backbone", backbone, "--student-start", 0)
+        run.step, found = 4, set()
+        for name, optimizers in run.optimizers.items():
+            run.update(name)  # sets the rates of a step
+            names = {p: key for key, p in run.nets[name].named_parameters()}
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                for p in group["params"]:
+                    head = names[p].startswith(("heads.", "norm.", "out."))
+                    found.add((name + " heads" * head, group["lr"]))
+        assert found == set(wanted.items())
+
+
+@pytest.mark.parametrize("shift", [0.2, 1.0, 5.0])
+def test_scores_are_compared_away_from_both_ends(shift):
+    """From 0.02 to 0.98 after the shift, whatever it is; between them levels are the shifted
+    ones."""
+    u = torch.linspace(0, 1, 1001)
+    levels, shifted = L.score_levels(u, shift), L.shift_time(u, shift)
+    assert levels.min().item() == pytest.approx(0.02) and levels.max().item() == pytest.approx(0.98)
+    inside = (shifted > 0.02) & (shifted < 0.98)
+    assert torch.equal(levels[inside], shifted[inside])
+
+
 def test_levels_of_the_pass_that_made_the_clip():
     """--gan-interval: between the time of the exit pass and the next; else anywhere."""
     clips, x = data.Draws(range(400), "levels"), torch.zeros(400, 7, 1, 1, 1)

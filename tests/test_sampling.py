@@ -113,6 +113,21 @@ def test_numbers_of_passes_and_their_times_are_told_apart(steps, chunks):
     assert passes == pytest.approx(times)
 
 
+@pytest.mark.parametrize("stage, chunks", [
+    ({"stage": 0, "guidance": 1}, 1), ({"stage": 0, "teacher_forcing": 1}, 2), ({"stage": 2}, 2)])
+def test_passes_that_are_asked_for_replace_those_of_training(stage, chunks):
+    """Of a teacher, a causal teacher and a student; without being asked each makes its own."""
+    net, (x, _, text) = network(tiny()), inputs(tiny())
+    settings = {"ode_steps": 4, "student_steps": 4, "context_level": 0.0, **stage}
+    calls = recorded(net)
+    for asked, made in ((None, 4), (2, 2)):
+        calls.clear()
+        sample.generate(net, settings, x[:, :1], text, lambda n: torch.randn(2, n, 4, 4, 4), 7,
+                        asked)
+        passes = [call.t[0, -1].item() for call in calls if call.t[0, -1] > 0]
+        assert passes == pytest.approx(L.schedule(made, 8.0) * chunks)
+
+
 def test_passes_of_chunks_are_no_times():
     """Of a teacher, say, which has one chunk: the number 4 is not the noise level 4."""
     with pytest.raises(AssertionError, match="numbers of passes, or times"):

@@ -122,6 +122,11 @@ def test_energy_and_spread_tell_what_became_of_the_futures():
     own = evaluate.future_paths(None, None, vars(train.TrainConfig()), images)
     assert own.shape == (64, 16, 10, 2)
 
+    # other draws than those that they are compared with: speeds in an image have nothing in common
+    one, two = (paths[:, :16, 1] - paths[:, :16, 0] for paths in (own, theirs))
+    one, two = (x.norm(dim=-1) - x.norm(dim=-1).mean(1, keepdim=True) for x in (one, two))
+    assert F.cosine_similarity(one.flatten(), two.flatten(), 0).abs() < 0.15
+
     def scores(paths):
         return evaluate.future_scores(paths[:, :, ends], theirs[:, :, ends])
 

@@ -5,6 +5,7 @@ import json
 import math
 import socket
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from experiments import bench, evaluate
 from scale import parallel
 from scale.clips import open_dataset
 from scale.run import Run
-from tests.common import colour_clip, small_config, small_run
+from tests.common import colour_clip, logs, rehearsal, small_config, small_run
 from utils import errors, files, runs
 from utils.errors import UsageError, WriteError, friendly_errors
 
@@ -195,6 +196,18 @@ def test_the_log_is_strict_json(tmp_path):
     log.close()
     assert math.isnan(log.rows[0]["loss"]) and log.rows[0]["grad"] == 1
     assert (tmp_path / "log.jsonl").read_text().splitlines() == lines
+
+
+def test_minutes_of_a_run_that_goes_on_are_added(tmp_path, monkeypatch):
+    """After 90 minutes and a pause the next step is made in the 91st."""
+    run = rehearsal(0, "--iters", 3, "--save-every", 0)
+    run.dir, run.is_main, run.began, run.step = tmp_path, True, time.time(), 2
+    rows = [{"step": step, "minutes": 45.0 * step, "loss": 1.0} for step in (1, 2)]
+    (tmp_path / "log.jsonl").write_text("".join(map(runs.as_line, rows)))
+    monkeypatch.setitem(train.STEPS, 0, lambda run: {"loss": 1.0})
+    train.loop(run)
+    *before, last = logs(tmp_path)
+    assert before == rows and 90 <= last["minutes"] < 91
 
 
 def test_a_table_is_printed_before_it_is_kept(small_run, tmp_path, monkeypatch, capsys):
