@@ -38,6 +38,18 @@ STAGES = {  # a stage with switches that no recipe of the default run sets
                     "--disc-granularity frame --sink 2 --window 3"),
     "both terms": (3, "--dmd-weight 1 --gan-weight 2 --gan-ratio 0.5 --context-level 0.2 "
                       "--no-cache-grad"),
+    # the settings that are left, each away from its default
+    "teacher, rest": (0, "--teacher-forcing 1 --train-shift 2 --ema 0.5 --lr-warmup 2 --lr-decay "
+                         "0.9 --muon-lr 0 --betas 0.5 0.9 --grad-clip 0.1 --turns 0.5"),
+    "ode, rest": (1, "--ode-context clean --ode-steps 4 --ode-point-weights 0.2 0.3 0.2 0.2 0.1 "
+                     "--shift 3 --muon-lr 0.1 --window 3"),
+    "dmd, rest": (2, "--frames 10 --student-steps 3 2 --grad-chunks 1 --cache-grad --fake-lr 3e-3 "
+                     "--context-level 0.2 --fake-betas 0.5 0.9 --score-shift 0.3 --student-start 1 "
+                     "--ode-anchor 0"),
+    "gan, rest": (3, "--frames 10 --grad-chunks 1 --gan-shift 0.5 --gan-t-max 1 --r1r2-weight 5 "
+                     "--r1r2-sigma 0.3 --disc-queries 1 --disc-layers 1 --disc-betas 0.3 0.8 "
+                     "--backbone-lr 1e-3 --disc-lr 3e-3 --disc-updates 3 --ode-anchor 0 "
+                     "--weight-decay 0.1"),
 }
 RECIPES = {  # the stages that a relative changes; each starts from the run
     "self-forcing": [2], "causvid": [2], "one-forcing": [2], "asd": [2], "diagonal": [2],
@@ -54,6 +66,7 @@ VIDEOS = {  # name: (stage of the run, sample.py's flags)
     "video, noisy context": (3, "--context-level 0.3 --frames 13"),
     "video, no context pass": (3, "--context-level -1 --frames 13"),
     "video, teacher": (0, "--guidance 3 --steps 4"),
+    "video, student of many": (3, "--steps 4 1 --frames 13 --prompt-at 4 blue"),
 }
 
 
