@@ -124,7 +124,10 @@ FAMILY = [
     Row("stage 1, consistency", "stage1-consistency", "--recipe consistency", "stage0"),
     PURE2, Row("stage 2 without anchor, at 4 1", "stage2-pure", "--ode-anchor 0",
                "stage2-pure", (4, 1)),
-    *relative("self-forcing", (1,), (2,), *FIRST), *relative("causvid", (1,), (2,), *FIRST),
+    *relative("self-forcing", (1,), (2,), *FIRST),
+    *relative("self-forcing", tag="self-forcing-nocache", flags="--no-cache-grad",
+              name="self-forcing, no gradient through the cache"),
+    *relative("causvid", (1,), (2,), *FIRST),
     *relative("one-forcing", (4, 1)),
     *relative("one-forcing", (4, 1), after="stage1-clean", tag="one-forcing-clean",
               flags="--init {out}/stage1-clean", name="one-forcing, start of whole clips"),
@@ -320,7 +323,14 @@ def line(name, values):
 def table(scores):
     """Mean and spread over seeds as a Markdown table."""
     head = ["| | " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * (len(COLUMNS) + 1)]
-    return "\n".join(head + [line(name, values) for name, values in scores.items()])
+    most = max((len(values.get("seeds", ())) for values in scores.values()), default=0)
+
+    def called(name, seeds):  # a mean of fewer seeds is no mean of all
+        plural, listed = "s" * (len(seeds) > 1), ", ".join(map(str, seeds))
+        return f"{name} (seed{plural} {listed})" if 0 < len(seeds) < most else name
+
+    return "\n".join(head + [line(called(name, values.get("seeds", ())), values)
+                             for name, values in scores.items()])
 
 
 def ratios(scores, a, b):

@@ -180,6 +180,13 @@ def test_every_file_of_the_readme_exists():
         assert name == "py" or hasattr(sys.modules[module], name), f"{module}.{name}"
 
 
+def test_a_mean_of_fewer_seeds_names_them():
+    scores = {name: {"quality_error": [0.1] * len(seeds), "seeds": seeds}
+              for name, seeds in (("all", [0, 1, 2]), ("two", [0, 2]), ("one", [1]))}
+    rows = ablations.table(scores).splitlines()[2:]
+    assert [row.split(" |")[0] for row in rows] == ["| all", "| two (seeds 0, 2)", "| one (seed 1)"]
+
+
 def test_ablations_say_which_seed_failed(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         ablations.main(["--out", str(tmp_path), "--seed", "1"])
