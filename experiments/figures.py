@@ -210,12 +210,14 @@ def recipe(assets, _):
     left = [5 + i * (COLUMN + GAP) for i in range(4)]
     for x, title, stage in zip(left, STAGES, RECIPE):
         draw_stage(ax, x, title, *stage)
-    for x in left[2:]:
+    for x, handed in zip(left[2:], (["student"], ["fake score", "student"])):
         arrow(ax, [(x - GAP + 3, 80), (x - GAP + 4, 80), (x - 3, 80)], width=2)
-        say(ax, x - GAP / 2, 69, "student", 7, ha="center")
+        for i, name in enumerate(handed):
+            say(ax, x - GAP / 2, 69 - 12 * i, name, 6, ha="center")
     anchors = [(left[2] + 100, "for the anchor")]
     draw_bus(ax, FLOOR + 24, left[1] + 100, "ODE paths", anchors, ORANGE)
-    starts = ["the student's start", "real score, fake score's start", "the backbone's start"]
+    starts = ["the student's start", "real score, fake score's start",
+              "real score, backbone's start"]
     starts = zip([x + 20 for x in left[1:]], starts)
     draw_bus(ax, FLOOR + 50, left[0] + 20, "the teacher's weights", starts, BLUE)
     save(page, assets, "recipe")
