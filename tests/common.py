@@ -226,7 +226,7 @@ def one_of_several(rank, number, port, argv, output):
 def several_processes(number, folder, *argv):
     """train.py on `number` processes, forked from one that has imported torch already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.common"])
+    context.set_forkserver_preload(["tests.common", "torch._dynamo"])  # else FSDP imports it
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

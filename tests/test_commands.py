@@ -99,7 +99,7 @@ def shortened(line, folder, wan):
         line = line.replace("wan-1.3b", "toy")
     command = shlex.split(line)
     script = next((word for word in command if word.endswith(".py")), "")
-    quiet = {"--tag", "--recipe"} & set(command)
+    quiet = {"--tag", "--recipe", "torchrun"} & set(command)
     scores = ["--eval-clips", "0", "--samples", "0"] if quiet else ["--eval-clips", "2",
                                                                     "--samples", "2"]
     more = {"train.py": [*SMALL, "--iters", "2", *scores],
@@ -120,11 +120,10 @@ def shortened(line, folder, wan):
         more = ["--rounds", "2", "--seconds", "0.1"]
     elif "bench.py step" in line:
         more = SMALL
-    elif command[0] == "pytest":
-        more = ["--collect-only"]
     if command[0] == "torchrun":
         command[1:1] = ["--master_port", "29513"]
-    if command[0] == "pip" or script == "experiments/live.py":  # which has tests of its own
+    # this very run, and one that has tests of its own
+    if command[0] in ("pip", "pytest") or script == "experiments/live.py":
         return None
     drawn = script == "experiments/figures.py" and importlib.util.find_spec("matplotlib") is None
     return command + more, 2 if "umt5" in command and not wan or drawn else 0
