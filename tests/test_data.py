@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import train
-from tests.common import colour_clip, relative, small_config
+from tests.common import colour_clip, relative, small_config, tiny
 from utils import media
 from utils.errors import UsageError
 
@@ -248,6 +248,15 @@ def test_bad_folders_are_explained(tmp_path, make, message):
         data.VideoFolder(tmp_path, 16, 5)
     with pytest.raises(UsageError, match="not a folder"):
         data.VideoFolder(tmp_path / "nowhere", 16, 5)
+
+
+def test_a_clip_of_latents_is_the_beginning_of_its_file(tmp_path):
+    """The first latent of a video VAE is one frame, the others are four: none begins later."""
+    latents = torch.arange(11.0).view(11, 1, 1, 1).repeat(1, 4, 4, 6)
+    save_file({"latents": latents, "text": torch.zeros(2, 8)}, tmp_path / "0.safetensors")
+    folder = data.LatentFolder(tmp_path, 9)
+    folder.network = tiny()
+    assert all(torch.equal(clip, latents[:9]) for clip in folder.batch([0, 5])["latents"])
 
 
 def test_captions_alone_and_clips_are_not_mixed(tmp_path):

@@ -19,6 +19,17 @@ def test_framewise_attention_is_dense_masked_attention():
     assert relative(ours.flatten(1, 2), dense.transpose(1, 2).flatten(2)) < 1e-6
 
 
+@pytest.mark.parametrize("sink, window", [(0, 2), (1, 3), (3, 4)])
+def test_the_mask_of_training_shows_what_the_cache_keeps(sink, window):
+    """Also where the sink reaches beyond the image: that sees itself alone."""
+    mask, cache = M.stream_mask(tiny(frames=13, sink=sink, window=window)), M.KVCache(sink, window)
+    for start, end in M.chunk_bounds(13, 1, 3):
+        visible = [*cache.kept, *range(start, end)]
+        assert all(row.nonzero()[:, 0].tolist() == visible for row in mask[start:end])
+        cache.write([(torch.zeros(1, end - start, 1, 1, 1),) * 2])
+        cache.commit()
+
+
 @pytest.mark.parametrize("dtype, near", [(torch.bfloat16, 1e-2), (torch.float32, 1e-6)])
 def test_attention_backends_agree(dtype, near):
     """The explicit product, used on CPU in bfloat16 while training, against SDPA: values,

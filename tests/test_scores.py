@@ -173,6 +173,24 @@ def test_drift_and_long_error_are_of_clips_four_times_as_long(quick_scores, monk
     assert s["drift"] == pytest.approx(np.std([100, 80] + [0] * 6), abs=0.2)
 
 
+def test_every_score_is_of_the_set_that_was_named(quick_scores, monkeypatch):
+    """--held-out report: the clips, the long ones, the images and the world's futures of them."""
+    seen, futures = [], data.ToyWorld.futures
+
+    def make(net, codec, settings, clips, frames, steps, seed=0):
+        seen.append(clips)
+        world = data.ToyWorld(32, frames)
+        state = world.state(clips)
+        return world.render(state), [{"state": state}], world
+
+    monkeypatch.setattr(evaluate, "make", make)
+    monkeypatch.setattr(data.ToyWorld, "futures", lambda world, clips, *more:
+                        seen.append(clips) or futures(world, clips, *more))
+    settings, report = vars(train.TrainConfig(stage=1)), data.held_out_ids(100, "report")
+    assert evaluate.scores_of("a student", None, settings, 1, which="report")["energy"]
+    assert len(seen) == 5 and all(set(clips) <= set(report) for clips in seen)
+
+
 def test_drift_is_the_spread_over_segments():
     steady, falling = torch.full((3, 60), 80.0), torch.linspace(100, 0, 60).expand(3, -1)
     assert evaluate.drift(steady) == 0 and evaluate.drift(falling) == pytest.approx(30, abs=2)

@@ -1,6 +1,7 @@
 """Wan's weights in the layouts that people have: each loads exactly, or one sentence says what was
 given."""
 import argparse
+import contextlib
 import json
 import re
 import shutil
@@ -563,6 +564,48 @@ def test_a_teacher_clip_is_guided_away_from_the_negative_prompt():
     velocity = sample.with_cfg(net, text, 4.0, away)
     times = sample.times_of(3, PLAIN.shift)
     assert torch.equal(clips[1], sample.sample_ode(velocity, x, x[:, :0], times)[0])
+
+
+class FourFrames:
+    """Stands in for Wan's VAE: three channels are the picture, a latent frame after the first is
+    four."""
+    ratio, channels = 4, 4
+
+    def __init__(self, *_):
+        pass
+
+    def decoder(self):
+        """Of a clip in one piece."""
+        return lambda x: torch.cat([x[:, :1], x[:, 1:].repeat_interleave(4, 1)], 1)[:, :, :3]
+
+
+class Lengths:
+    """Stands in for Wan's text encoder: a caption is its length."""
+
+    def __init__(self, *_):
+        pass
+
+    def encode(self, caption):
+        """str -> (l, d)"""
+        return torch.full((2, 8), float(len(caption)))
+
+
+def test_a_teachers_video_has_the_frames_and_the_negative_prompt_asked_for(tmp_path, monkeypatch):
+    """24 frames, which are no whole number of latents; another --negative is another video."""
+    for name, stand_in in (("WanCodec", FourFrames), ("CaptionEncoder", Lengths),
+                           ("find_vae", str), ("find_text_encoder", str)):
+        monkeypatch.setattr(wan, name, stand_in)
+    folder, videos = write_official(tmp_path / "wan", "single", network(PLAIN)), {}
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    for negative in ("blur", "grey", "static"):
+        frames = videos[negative] = []
+        monkeypatch.setattr(sample, "video_writer", lambda *_, into=frames:
+                            contextlib.nullcontext(into.extend))
+        sample.main(["--teacher", str(folder), "--vae", "v", "--text-encoder", "t", "--prompt",
+                     "red disc", "--negative", negative, "--size", "32x48", "--frames", "24",
+                     "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "a.mp4")])
+    blur, grey, static = (torch.stack(frames) for frames in videos.values())
+    assert len(blur) == 24 and torch.equal(blur, grey) and not torch.equal(blur, static)
 
 
 # ---------------------------------------------------------------- training
