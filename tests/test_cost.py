@@ -46,7 +46,8 @@ def test_planned_bytes_are_those_of_the_run(stage, more):
 
 
 @pytest.mark.parametrize("stage, more", [
-    (0, []), (2, ["--activation-checkpointing"]), (3, ["--dtype", "bfloat16"])])
+    (0, []), (2, ["--activation-checkpointing"]),
+    pytest.param(3, ["--dtype", "bfloat16"], marks=pytest.mark.slow)])
 def test_planned_activations_are_those_of_a_run(stage, more):
     """The step on tensors without memory against PyTorch's own record of a real one; no stage of
     the plan holds on to anything. At the peak of a stage with an anchor the student's gradients of

@@ -239,7 +239,7 @@ def test_full_disk_keeps_the_old_state(small_run, tmp_path):
 
 
 @pytest.mark.parametrize("stage, more", [
-    (0, "--muon-lr 0.02"), (3, "--context-parallel 2"),
+    (0, "--muon-lr 0.02"), pytest.param(3, "--context-parallel 2", marks=pytest.mark.slow),
     pytest.param(3, "--activation-checkpointing", marks=pytest.mark.slow)])
 def test_several_processes_in_half_precision(small_run, tmp_path, stage, more):
     """Gathered in bfloat16, under autocast, with Muon and a paired loss: the same losses up to that
