@@ -119,7 +119,7 @@ def attention(q, k, v):
 
 def framewise_attention(q, k, v, groups):
     """Masked attention for q, k, v (b, f, n, heads, d), n tokens a frame -> (b, f, n, heads * d).
-    One unmasked call per group of frames that see the same keys: a token mask would take 1 GB."""
+    One unmasked call per group of frames with the same keys: Wan's token mask would take 1 GB."""
     out = [attention(*(x.flatten(1, 2) for x in (q[:, queries], k[:, keys], v[:, keys])))
            for queries, keys in groups]
     return rearrange(torch.cat(out, 1), "b (f n) h d -> b f n (h d)", n=q.shape[2])

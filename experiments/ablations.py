@@ -63,7 +63,7 @@ RECIPE = [REAL, TEACHER, STAGE1, STAGE2, STAGE3]
 ON = "--student-start 0 --stop-spread 0 --init {out}/stage2"
 CONTROL = Row("control: stage 2 trained on, as many steps", "stage2-control", f"--iters 150 {ON}",
               "stage2")
-# a step of stage 3 takes about twice as long as one of stage 2, one without the student 1.5 times
+# stage 3 takes the CPU time of 340 to 480 steps of stage 2, which depends on the host's load
 LONGER = Row("control: stage 2 trained on, as many minutes", "stage2-longer", f"--iters 480 {ON}",
              "stage2")
 PURE2 = Row("stage 2 without anchor", "stage2-pure", "--ode-anchor 0", "stage1")
