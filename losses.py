@@ -93,20 +93,25 @@ def states_at(path, point):
     return path.gather(1, index)[:, 0]
 
 
-def on_clean_context(velocity, clean, mask):
+def on_clean_context(velocity, clean, mask, first=0):
     """A network whose chunks see the clean chunks before them, and themselves as they are, in one
     pass over [clean | x_t] (teacher forcing): callable (x_t, t, text) -> flow. Such a pass equals
     cached inference on a clean history, with positions that are frame numbers.
 
-    clean: (b, f, c, h, w); mask: (f, f) bool, block-causal."""
-    f, own = clean.shape[1], mask & mask.T  # frames of one chunk see each other
-    mask = torch.cat([torch.cat([mask, torch.zeros_like(own)], 1),
-                      torch.cat([mask & ~own, own], 1)])
+    clean: (b, f, c, h, w); mask: (f, f) bool, block-causal. Left out, since nobody sees them: the
+    clean last chunk, and the `first` frames of x_t, the image, whose flow is 0."""
+    frames, own = list(range(len(mask))), mask & mask.T  # frames of one chunk see each other
+    last = int((~own[-1]).sum())
+    past, made = frames[:last], frames[first:]
+    mask = torch.cat([torch.cat([mask, torch.zeros_like(own)], 1)[:last],
+                      torch.cat([mask & ~own, own], 1)[first:]])
+    mask = mask[:, [*past, *(len(frames) + i for i in made)]]
 
     def on_context(x_t, t, text):
-        past = clean.repeat(len(x_t) // len(clean), 1, 1, 1, 1)  # guidance asks for two at once
-        x, t = torch.cat([past, x_t], 1), torch.cat([0 * t, t], 1)
-        return velocity(x, t, text, mask=mask, positions=[*range(f), *range(f)])[:, f:]
+        before = clean[:, past].repeat(len(x_t) // len(clean), 1, 1, 1, 1)  # guidance asks for two
+        x, levels = torch.cat([before, x_t[:, made]], 1), torch.cat([0 * t[:, past], t[:, made]], 1)
+        flow = velocity(x, levels, text, mask=mask, positions=[*past, *made])[:, last:]
+        return F.pad(flow, (0,) * 6 + (first, 0))
 
     return on_context
 

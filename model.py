@@ -127,7 +127,7 @@ def framewise_attention(q, k, v, groups):
 
 @functools.lru_cache(maxsize=16)
 def rope_table(positions, h, w, head_dim, device):
-    """Cosines and sines of the 3-D rotary embedding: (2, f, h*w, 1, head_dim / 2).
+    """The 3-D rotary embedding as complex numbers e^(i angle): (f, h*w, 1, head_dim / 2).
     positions: tuple of f frame positions. A head's numbers are split into time | height | width; a
     part of n numbers has frequencies 10000^(-2j/n). Angles are float64, as upstream."""
     part = 2 * (head_dim // 6)  # height and width; time takes the rest
@@ -136,13 +136,13 @@ def rope_table(positions, h, w, head_dim, device):
     freqs = [10000.0 ** (-torch.arange(0, n, 2, dtype=torch.float64) / n)
              for n in (head_dim - 2 * part, part, part)]
     angles = torch.cat([x[..., None] * freq for x, freq in zip(coords.unbind(-1), freqs)], -1)
-    return torch.stack([angles.cos(), angles.sin()]).float().to(device)
+    return torch.complex(angles.cos().float(), angles.sin().float()).to(device)
 
 
 def rotate(x, rope):
     """Rotary embedding of x (b, f, n, heads, d) in float32: each pair of numbers turns."""
-    (cos, sin), (a, b) = rope, x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
 
 
 class GELU(nn.GELU):

@@ -143,8 +143,8 @@ def test_golden_dmd():
 
 def test_a_head_is_split_into_time_height_and_width():
     """Of 128: 44, 42, 42. A step along one axis turns its own part alone, by the right angles."""
-    still, later = (torch.atan2(sin, cos)[0, :, 0] for cos, sin in (
-        M.rope_table((frame,), 2, 2, 128, "cpu") for frame in (0, 1)))
+    still, later = (M.rope_table((frame,), 2, 2, 128, "cpu").angle()[0, :, 0]
+                    for frame in (0, 1))
     moved = [(later[0] - still[0]), (still[2] - still[0]), (still[1] - still[0])]  # t, h, w
     for delta, (start, width) in zip(moved, ((0, 44), (44, 42), (86, 42))):
         pairs = slice(start // 2, (start + width) // 2)
@@ -509,8 +509,9 @@ def test_the_anchor_is_stage_1_from_pure_noise():
     run.trajectory = lambda draws: (path, text, past)
     offset = torch.nn.Parameter(torch.zeros(()))
 
-    def the_end(x, t, text):  # x is [past | noise]
-        return (x - torch.cat([x[:, :7], path[:, -1]], 1) - offset) * (t > 0)[..., None, None, None]
+    def the_end(x, t, text):  # x is [past | noise], without the last chunk | without the image
+        ends = torch.cat([x[:, :4], path[:, -1, 1:]], 1)
+        return (x - ends - offset) * (t > 0)[..., None, None, None]
 
     run.nets["student"] = Known(run.cfg, the_end)
     calls, share = recorded(run.nets["student"]), 6 / 7  # the image counts as zero
@@ -521,8 +522,8 @@ def test_the_anchor_is_stage_1_from_pure_noise():
         assert log["anchor"].item() == pytest.approx(share * value ** 2, abs=1e-6)
         assert offset.grad.item() == pytest.approx(share * 0.3 * 2 * value, abs=1e-4)
     call = calls[0]
-    assert torch.equal(call.x[:, 8:], path[:, 0, 1:]) and torch.equal(call.x[:, :7], past)
-    assert (call.t[:, 8:] == 1).all() and (call.t[:, :8] == 0).all()
+    assert torch.equal(call.x, torch.cat([past[:, :4], path[:, 0, 1:]], 1))
+    assert (call.t[:, 4:] == 1).all() and (call.t[:, :4] == 0).all()
     assert torch.equal(call.text, text)
 
 

@@ -172,7 +172,7 @@ def teacher_step(run):
     for batch in run.batches("teacher"):
         net = run.nets["student"]
         if run.draws([0], "forcing").rand(1).item() < cfg.teacher_forcing:
-            net = L.on_clean_context(net, batch.x0, stream_mask(cfg))
+            net = L.on_clean_context(net, batch.x0, stream_mask(cfg), cfg.first)
         u = batch.draws.stratified_uniform()
         text = batch.text.masked_fill(batch.draws.rand(1, 1) < cfg.text_drop, 0.0)
         eps = batch.draws.randn(*batch.x0.shape[1:])
@@ -195,7 +195,7 @@ def ode_loss(run, draws, weights):
 
     def flow(x, t, name="student"):
         if past is not None:
-            return L.on_clean_context(run.nets[name], past, mask)(x, t, text)
+            return L.on_clean_context(run.nets[name], past, mask, cfg.first)(x, t, text)
         return run.nets[name](x, t, text, mask=mask)
 
     with run.autocast():

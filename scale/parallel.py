@@ -25,6 +25,8 @@ from utils.errors import UsageError, first_line, require, wait_for_the_first
 
 # keys and values leave a block as views, and nothing changes them in place
 warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+# of RoPE, a small part of a compiled block
+warnings.filterwarnings("ignore", ".*code generation for complex")
 
 
 # ---------------------------------------------------------------- processes

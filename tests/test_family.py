@@ -408,7 +408,9 @@ def test_a_causal_teacher_sees_clean_earlier_chunks():
     net, (x, _, text) = network(cfg), inputs(cfg)
     clean, noisy = x.clone().requires_grad_(), torch.randn_like(x).requires_grad_()
     t = L.make_timesteps(0.7, x, 1)
-    flow = L.on_clean_context(net, clean, M.stream_mask(cfg))(noisy, t, text)
+    flow = L.on_clean_context(net, clean, M.stream_mask(cfg), 1)(noisy, t, text)
+    whole = L.on_clean_context(net, clean, M.stream_mask(cfg))(noisy, t, text)  # the image as well
+    assert torch.allclose(flow[:, 1:], whole[:, 1:], atol=1e-5) and (flow[:, 0] == 0).all()
     seen = torch.autograd.grad(flow[:, 4:].sum(), (clean, noisy))
     frames = [(g.abs().sum((0, 2, 3, 4)) > 0).tolist() for g in seen]
     assert frames[0] == [True] * 4 + [False] * 3 and frames[1] == [False] * 4 + [True] * 3
@@ -445,9 +447,8 @@ def test_stage_1_shows_earlier_chunks_as_they_ended(context, tmp_path):
     if context == "noisy":
         assert x.shape[1] == 7 and mask[4:, 1:4].all()
     else:
-        assert (x[:, :7] == (9 if real else 4)).all() and (t[:, :8] == 0).all()
-        assert (x[:, 7] == 4).all()  # the image
-        assert mask[11:, :4].all() and not mask[11:, 4:11].any() and mask[11:, 11:].all()
+        assert x.shape[1] == 10 and (x[:, :4] == (9 if real else 4)).all() and (t[:, :4] == 0).all()
+        assert mask[7:, :4].all() and not mask[7:, 4:7].any() and mask[7:, 7:].all()
 
 
 @pytest.mark.parametrize("flags", ("--guidance 1", "--guidance 2", "--frames 13 --window 3"))
@@ -459,7 +460,7 @@ def test_chunks_continue_real_clips_as_the_teacher_has_learnt(flags):
     for p in run.nets["teacher"].parameters():
         torch.nn.init.normal_(p, std=0.2)
     noise = torch.randn_like(batch.x0)
-    teacher = L.on_clean_context(run.nets["teacher"], batch.x0, M.stream_mask(run.cfg))
+    teacher = L.on_clean_context(run.nets["teacher"], batch.x0, M.stream_mask(run.cfg), 1)
     velocity = sample.with_cfg(teacher, batch.text, run.cfg.guidance)
     one = sample.sample_ode(velocity, noise, batch.x0[:, :1], times, keep)
     two = continue_clips(run, batch, noise, times, keep)
@@ -487,7 +488,7 @@ def test_a_share_of_the_teachers_steps_is_forced():
     run.backward, run.update = (lambda *_: None), (lambda name: None)
     for run.step in range(200):
         train.teacher_step(run)
-    assert 0.15 < shown.count(14) / 200 < 0.35 and shown.count(7) + shown.count(14) == 200
+    assert 0.15 < shown.count(10) / 200 < 0.35 and shown.count(7) + shown.count(10) == 200
 
 
 def test_teacher_forcing_shows_the_real_past():
@@ -498,7 +499,7 @@ def test_teacher_forcing_shows_the_real_past():
     batch = next(run.batches("teacher"))
     train.teacher_step(run)
     (x, t), = shown
-    assert torch.equal(x[:, :7], batch.x0) and (t[:, :7] == 0).all() and (t[:, 8:] > 0).all()
+    assert torch.equal(x[:, :4], batch.x0[:, :4]) and (t[:, :4] == 0).all() and (t[:, 4:] > 0).all()
 
 
 def test_consistency_at_the_last_state_is_the_regression():
