@@ -1,6 +1,7 @@
 """Which videos a folder holds, and how their captions may be written down."""
 
 import json
+import shutil
 import unicodedata
 
 import pytest
@@ -40,11 +41,11 @@ def test_what_programs_leave_behind_is_no_video(tmp_path, capsys):
     "lost+found", "$RECYCLE.BIN", "$Recycle.Bin", "System Volume Information", "@eaDir", "__MACOSX",
     "FOUND.000", "LOST.DIR", "@Recently-Snapshot", "Network Trash Folder", ".Trash-1000"])
 def test_folders_of_the_system_are_no_video(tmp_path, capsys, name):
-    make(tmp_path, "one.mp4", f"{name}/0001.jpg", f"{name}/0002.jpg", "lost/0001.jpg")
+    make(tmp_path, "one.mp4", *(f"{folder}/{n}.jpg" for folder in (name, "lost") for n in (1, 2)))
     found, _, said = read(tmp_path, capsys)
     assert found == ["lost", "one.mp4"] and "not read" not in said
     (tmp_path / "one.mp4").unlink()
-    (tmp_path / "lost/0001.jpg").unlink()
+    shutil.rmtree(tmp_path / "lost")
     with pytest.raises(UsageError, match="no videos in"):
         videos_in(tmp_path)
 
@@ -59,7 +60,8 @@ def test_first_frames_beside_videos_are_not_taken_for_one(tmp_path):
 
 
 @pytest.mark.parametrize("names", [
-    ["cat.png", "dog.png"], ["a_1.png", "mask_1.png"], ["1.png", "1.jpg"], ["a1.png", "b2.png"]])
+    ["cat.png", "dog.png"], ["a_1.png", "mask_1.png"], ["1.png", "1.jpg"], ["a1.png", "b2.png"],
+    ["0001.jpg"]])
 def test_what_is_not_read_is_said(tmp_path, capsys, names):
     make(tmp_path, "a.mp4", "c.M4V", "deep/b.mp4", *(f"stills/{name}" for name in names))
     found, _, said = read(tmp_path, capsys)
@@ -68,7 +70,7 @@ def test_what_is_not_read_is_said(tmp_path, capsys, names):
 
 
 @pytest.mark.parametrize("names", [
-    ["1.png", "2.png", "10.png"], ["frame_1.jpg", "frame_2.JPG"], ["0.png"],
+    ["1.png", "2.png", "10.png"], ["frame_1.jpg", "frame_2.JPG"],
     ["take2-005.png", "take2-010.png"]])
 def test_numbered_pictures_are_a_video(tmp_path, capsys, names):
     make(tmp_path, *(f"walk/{name}" for name in names))
@@ -136,7 +138,8 @@ def test_what_fits_nothing_is_counted(tmp_path, capsys):
 
 def test_the_nearer_text_wins(tmp_path, capsys):
     """An exact name before one in another case, and a whole name before a stem."""
-    make(tmp_path, "a.mp4", "B.mp4", "b.mp4", "walk/0.png")
+    make(tmp_path, "a.mp4", "B.mp4", "b.mp4", "walk/0.png",
+         "walk/1.png")
     for name in ("a.txt", "a.mp4.txt", "B.txt", "b.txt", "walk.txt"):
         (tmp_path / name).write_text(name)
     (tmp_path / "captions.csv").write_text("file,caption\na.mp4,of the list\n")
@@ -183,3 +186,12 @@ def test_lists_with_mistakes_are_one_sentence(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UsageError, match=message):
         captions_in(tmp_path, videos_in(tmp_path))
+
+
+def test_of_two_lists_that_differ_in_case_none_is_guessed(tmp_path):
+    make(tmp_path, "a.mp4")
+    for name in ("Captions.csv", "captions.csv"):
+        (tmp_path / name).write_text(f"file,caption\na.mp4,{name}\n")
+    if len(list(tmp_path.iterdir())) == 3:  # else the file system knows no case
+        with pytest.raises(UsageError, match="has Captions.csv and captions.csv: remove one"):
+            captions_in(tmp_path, videos_in(tmp_path))

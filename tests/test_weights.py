@@ -414,6 +414,7 @@ def test_other_kinds_are_named(tmp_path, change, message):
     ({"generator": {}, "args": argparse.Namespace(lr=1)}, "holds Python objects"),
     ({"epoch": 3}, "holds no tensors"),
     ({"generator_lora": one("q.lora_A.weight"), "critic_lora": one("q.lora_A.weight")}, "a LoRA"),
+    ({"student": {"a": torch.zeros(1)}, "teacher": {"a": torch.zeros(1)}}, "holds 2 networks"),
     ({"left": {"a": torch.zeros(1)}, "right": {"a": torch.zeros(1)}}, "several entries")])
 def test_pt_files_without_weights_are_one_sentence(tmp_path, contents, message):
     torch.save(contents, tmp_path / "w.pt")

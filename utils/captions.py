@@ -36,7 +36,7 @@ def some(names, most=3):
 def numbered(images):
     """Whether images are the frames of one video: one name, and a number that tells them apart."""
     names = [re.fullmatch(r"(.*?)(\d+)(\D*)", image.stem) for image in images]
-    if not images or not all(names):
+    if len(images) < 2 or not all(names):  # one picture is a thumbnail
         return False
     around = {(name[1], name[3]) for name in names}
     return len(around) == 1 and len({int(name[2]) for name in names}) == len(images)
@@ -223,8 +223,11 @@ def captions_in(folder, videos):
     and .txt files beside the videos; the later ones win. Prints how many videos have none, and
     which rows fit no video."""
     folder, names, captions, left = Path(folder), Names(videos), {}, []
-    lists = {p.name.lower(): p for p in sorted(folder.iterdir())
-             if p.suffix.lower() in LIST_ENDINGS and p.is_file() and not hidden(p)}
+    lists = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in LIST_ENDINGS and path.is_file() and not hidden(path):
+            same = lists.setdefault(path.name.lower(), path)
+            require(same == path, f"{folder} has {same.name} and {path.name}: remove one of them")
     for name in LISTS:
         if name in lists:
             found, unknown = listed_captions(lists.pop(name), names)

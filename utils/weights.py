@@ -75,6 +75,8 @@ def state_dict_in(contents, file):
         inner = [name for name, value in contents.items() if isinstance(value, dict) and value]
         known = [name for name in NESTED if name in inner] or [
             name for name in inner if "lora" in str(name)][:1]  # refused below, by its kind
+        require(not {"student", "teacher"} <= set(inner), f"{file} holds 2 networks, student and "
+                "teacher: save one of them alone")
         tensors = {str(k): v for k, v in contents.items() if isinstance(v, torch.Tensor)}
         if tensors and not known:
             return "/".join(path), tensors
