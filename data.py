@@ -95,7 +95,7 @@ class ToyWorld:
     latent = False
     straight = 4  # frames before the first possible turn: they show the direction
 
-    def __init__(self, size=32, frames=16, turns=0.0):
+    def __init__(self, size=32, frames=10, turns=0.2):
         require(size >= 24, f"--size {size}: the toy world needs at least 24 pixels, use --size 32")
         self.size, self.frames, self.turns = size, frames, turns
         self.radius = size * 7.5 / 32
@@ -172,7 +172,7 @@ class ToyWorld:
         square = torch.maximum(dx.abs(), dy.abs()) - .82 * r
         triangle = torch.maximum(dy - .62 * r, .866 * dx.abs() - .5 * dy - .62 * r)
         distance = torch.where(kind == 0, disc, torch.where(kind == 1, square, triangle))
-        return (.5 - distance / (self.size * 3 / 32)).clamp(0, 1)  # sharp ones take hours to learn
+        return (.5 - distance / (self.size * 3 / 32)).clamp(0, 1)  # sharp edges take hours to learn
 
     def layers(self, state):
         """The empty background and the shape's colour everywhere, each (b, 3, H, W)."""
@@ -305,9 +305,9 @@ class PatchCodec:
     """Latents at toy scale: the leading principal components of square patches, in closed form.
 
     Latents have unit variance over all. Components are divided by the SQUARE ROOT of their spread:
-    undivided, the coarse ones outshine the noise and motion is hardly ever in doubt; made equal,
-    fine detail takes half of the loss. decode draws a patch from the 3 x 3 latents around it by
-    ridge regression: neighbours know part of what a patch has dropped, and there are no seams."""
+    undivided, the coarse ones drown the noise, so that motion is rarely in doubt; made equal, fine
+    detail is half of the loss. decode draws a patch from the 3 x 3 latents around it by ridge
+    regression: neighbours know part of what a patch has dropped, and there are no seams."""
     ratio = 1     # frames per latent frame, as of a video VAE
     ridge = 0.01  # variance that errors of generated latents are expected to have
 

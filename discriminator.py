@@ -57,7 +57,7 @@ class Discriminator(nn.Module):
         self.heads = nn.ModuleList(QueryHead(cfg.dim, cfg.num_heads, queries) for _ in layers)
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, outputs)
-        nn.init.normal_(self.out.weight, std=1e-3)  # starts at chance, whatever the features
+        nn.init.normal_(self.out.weight, std=1e-3)  # logits start near 0, whatever the features
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x_t, t, text, with_flow=False, detach=False):
@@ -70,7 +70,7 @@ class Discriminator(nn.Module):
         if detach:
             features = [tokens.detach() for tokens in features]
         frames, first = {"clip": (f, 0), "chunk": (cfg.chunk, cfg.first),
-                         "frame": (1, cfg.first)}[self.granularity]  # per logit, and left out
+                         "frame": (1, cfg.first)}[self.granularity]  # that a logit reads; skipped
         answers = [head(rearrange(tokens[:, first:], "b (g f) n d -> (b g) (f n) d", f=frames))
                    for head, tokens in zip(self.heads, features)]
         # float32: a relativistic loss leaves the common level of all logits free; they drift, and

@@ -35,7 +35,7 @@ def make_timesteps(t, like, cond_frames):
 
 def score_levels(u, shift, low=0.02, high=0.98):
     """Noise levels for the real and the fake score from u ~ U[0, 1]: shifted, then clamped away
-    from both ends, where one of the two answers is trivial (DMD2, 2405.14867)."""
+    from both ends, where the clean clip or the noise can be read off (DMD2, 2405.14867)."""
     return shift_time(u, shift).clamp(low, high)
 
 
@@ -98,19 +98,20 @@ def on_clean_context(velocity, clean, mask, first=0):
     pass over [clean | x_t] (teacher forcing): callable (x_t, t, text) -> flow. Such a pass equals
     cached inference on a clean history, with positions that are frame numbers.
 
-    clean: (b, f, c, h, w); mask: (f, f) bool, block-causal. Left out, since nobody sees them: the
-    clean last chunk, and the `first` frames of x_t, the image, whose flow is 0."""
+    clean: (b, f, c, h, w); mask: (f, f) bool, block-causal. Two parts are left out, since no chunk
+    sees them: the clean last chunk, and the image in x_t, its `first` frames; their flow is 0."""
     frames, own = list(range(len(mask))), mask & mask.T  # frames of one chunk see each other
-    last = int((~own[-1]).sum())
-    past, made = frames[:last], frames[first:]
-    mask = torch.cat([torch.cat([mask, torch.zeros_like(own)], 1)[:last],
-                      torch.cat([mask & ~own, own], 1)[first:]])
-    mask = mask[:, [*past, *(len(frames) + i for i in made)]]
+    n_past = int((~own[-1]).sum())  # frames before the last chunk
+    past, made = frames[:n_past], frames[first:]
+    seen = torch.cat([torch.cat([mask, torch.zeros_like(own)], 1)[:n_past],  # by clean chunks
+                      torch.cat([mask & ~own, own], 1)[first:]])             # by noisy ones
+    seen = seen[:, [*past, *(len(frames) + i for i in made)]]
 
     def on_context(x_t, t, text):
-        before = clean[:, past].repeat(len(x_t) // len(clean), 1, 1, 1, 1)  # guidance asks for two
-        x, levels = torch.cat([before, x_t[:, made]], 1), torch.cat([0 * t[:, past], t[:, made]], 1)
-        flow = velocity(x, levels, text, mask=mask, positions=[*past, *made])[:, last:]
+        repeats = len(x_t) // len(clean)  # 2 where guidance asks for two flows at once
+        x = torch.cat([clean[:, past].repeat(repeats, 1, 1, 1, 1), x_t[:, made]], 1)
+        levels = torch.cat([0 * t[:, past], t[:, made]], 1)
+        flow = velocity(x, levels, text, mask=seen, positions=[*past, *made])[:, n_past:]
         return F.pad(flow, (0,) * 6 + (first, 0))
 
     return on_context
@@ -142,14 +143,15 @@ def dmd_gradient(x, x0_real, x0_fake):
     """(x0_fake - x0_real) / mean|x - x0_real|, the mean over a clip (paper eq. 6; DMD eq. 7-8).
 
     x: the student's clip; x0_real, x0_fake: the clean clips that the real score (the teacher) and
-    the fake score see behind the noised x. 0/0, a student equal to its teacher, gives 0."""
+    the fake score see behind the noised x. A student equal to its teacher has the gradient 0."""
     scale = (x - x0_real).abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)
-    return torch.nan_to_num((x0_fake - x0_real) / scale)
+    return (x0_fake - x0_real) / scale.clamp_min(1e-12)
 
 
 def dmd_loss(x, grad):
     """0.5 mean|| x - stopgrad(x - grad) ||^2, whose gradient is grad / count (paper eq. 6)."""
-    exact = torch.float32 if x.device.type == "mps" else torch.float64  # mps has no float64
+    # in float32 x - (x - grad) would round a small grad away; mps has no float64
+    exact = torch.float32 if x.device.type == "mps" else torch.float64
     x, grad = x.to(exact), grad.to(exact)
     return 0.5 * F.mse_loss(x, (x - grad).detach())
 
@@ -193,11 +195,9 @@ def relativistic_g_loss(real, fake):
     return F.softplus(real - fake).mean()
 
 
-logistic_g_loss.paired = False
-relativistic_g_loss.paired = True  # needs the logits of real clips too
-GAN_LOSSES = {  # name -> (the discriminator's loss, the student's loss)
-    "logistic": (logistic_d_loss, logistic_g_loss),
-    "relativistic": (relativistic_d_loss, relativistic_g_loss),
+GAN_LOSSES = {  # name -> (the discriminator's loss, the student's, whether that one reads `real`)
+    "logistic": (logistic_d_loss, logistic_g_loss, False),
+    "relativistic": (relativistic_d_loss, relativistic_g_loss, True),
 }
 
 

@@ -228,7 +228,7 @@ class Head(nn.Module):
 
 
 def timestep_embedding(t, dim):
-    """Sinusoids of 1000 t: (b, f) -> (b, f, dim), cosines first. float32 would cost 3e-6."""
+    """Sinusoids of 1000 t: (b, f) -> (b, f, dim), cosines first. In float32 they err by 3e-6."""
     wide = t.double() if t.device.type != "mps" else t.cpu().double()  # mps has no float64
     exponent = torch.arange(dim // 2, dtype=torch.float64, device=wide.device) / (dim // 2)
     angle = 1000 * wide[..., None] * torch.exp(-math.log(10000) * exponent)
@@ -276,16 +276,17 @@ class DiT(nn.Module):
         positions       f frame positions for RoPE; default 0 .. f-1
         cache           KVCache: x is the chunk after it, and becomes its present chunk
         feature_layers  indices of blocks whose hidden states are returned as well
-        Raises ValueError for sides that are no multiples of a patch, and for text too long."""
+        Raises ValueError for sides that are no multiples of a patch, and for too long a text."""
         cfg, p, (_, f, _, h, w) = self.cfg, self.cfg.patch, x.shape
         if h % p or w % p:
             raise ValueError(f"latent frames of {h}x{w} do not divide into patches of {p}x{p}")
         if text.shape[1] > cfg.text_len:
             raise ValueError(f"text of {text.shape[1]} tokens, the network takes {cfg.text_len}")
+        if cache is not None and (mask is not None or positions is not None):
+            raise ValueError("a cache has its own positions, and its chunk sees all: give no mask")
         x, e, e6, text = self.embed(x, t, text)
         h, w, head_dim = h // p, w // p, cfg.dim // cfg.num_heads
-        own = tuple(positions or range(f))
-        q_pos, k_pos = cache.positions(f) if cache is not None else (own, own)
+        q_pos, k_pos = cache.positions(f) if cache else 2 * [tuple(positions or range(f))]
         rope_q, rope_k = (rope_table(pos, h, w, head_dim, x.device) for pos in (q_pos, k_pos))
         groups = [(slice(None), slice(None))] if mask is None else mask_to_groups(mask)
         features, present = [], []
@@ -327,8 +328,7 @@ class KVCache:
     Keys are stored BEFORE RoPE and get their positions when they are read, counted inside
     [sink | window | chunk] (StreamingLLM, 2309.17453; AAD-1 section 3.1): distances stay in the
     trained range. relative=False: frame numbers of the video, as in Self Forcing. detach=False:
-    gradients pass through the cache.
-    Each pass over a chunk overwrites `present`; commit() moves it to `past`."""
+    gradients pass through the cache. Each pass overwrites `present`; commit() adds it to `past`."""
     def __init__(self, sink=1, window=None, relative=True, detach=True):
         self.sink, self.window, self.relative, self.detach = sink, window, relative, detach
         self.past = self.present = None  # per layer (k, v), each (b, frames, n, heads, d)

@@ -143,8 +143,8 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
 
 @torch.no_grad()
 def generate_chunks(net, settings, first, text, randn, frames, steps=None, negative=None):
-    """A clip of a stage, chunk by chunk: the teacher's whole ODE, away from the embedded `negative`
-    prompt (l, d), or the rollout. A causal teacher follows its ODE inside each chunk, unguided."""
+    """A stage's clip, chunk by chunk; a bidirectional teacher's comes at once, guided away from the
+    embedded `negative` prompt (l, d). A causal teacher follows its ODE in each chunk, unguided."""
     if settings["stage"] == 0 and settings.get("teacher_forcing") == 1:
         yield from rollout(net, first, text, randn, frames, steps or settings["ode_steps"],
                            ode=True)
@@ -202,9 +202,9 @@ def main(argv=None):
     chunks = generate_chunks(net, settings, first, text, randn, latents, serve.steps_of(args),
                              negative)
     decode = codec.decoder()
-    half = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
+    precision = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
     began, marks, written = time.perf_counter(), [], 0
-    with half, video_writer(args.out, args.fps or fps, args.zoom or zoom) as write:
+    with precision, video_writer(args.out, args.fps or fps, args.zoom or zoom) as write:
         with catch_signals() as received:
             for chunk in tqdm(chunks, unit="chunk"):
                 pixels = side_by_side(decode(chunk))[:frames - written]

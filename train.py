@@ -1,4 +1,4 @@
-"""Training: a teacher from scratch, then the three stages of AAD-1, a function per stage, one loop.
+"""Training: a teacher from scratch, then the three stages of AAD-1, in one loop.
 
     python train.py                                       the whole recipe at preset `toy`
     python train.py --control                             and stage 2 trained on, to compare
@@ -75,7 +75,7 @@ class TrainConfig(Config):
     betas: tuple = (0.9, 0.95)      # betas of AdamW for the student
     weight_decay: float = 0.0       # weight decay of AdamW, for every trained network
     lr_warmup: int = 10             # steps over which the learning rates rise
-    lr_decay: float = 0.0           # last part of the student's steps, in which its rate falls to 0
+    lr_decay: float = 0.0           # fraction of the student's steps, at the end, with falling rate
     grad_clip: float = 1.0          # largest gradient norm
     ema: float = 0.98               # decay of the running average of the weights
     max_bad_steps: int = 10         # consecutive non-finite updates of a network before giving up
@@ -86,7 +86,7 @@ class TrainConfig(Config):
     log: str = ""                   # tensorboard or wandb: what log.jsonl has, there too
     # stage 0: the teacher
     text_drop: float = 0.1          # share of captions dropped, for guidance
-    train_shift: float = 6.0        # timestep shift of training times; low: motion is learnt late
+    train_shift: float = 6.0        # timestep shift of training times; above 1: more noise
     teacher_forcing: float = 0.0    # share of steps in which chunks continue clean ones; 1: causal
     # stage 1: ODE initialisation
     trajectories: int = 2048        # teacher trajectories to regress on
@@ -125,10 +125,10 @@ class TrainConfig(Config):
     disc_queries: int = 2           # queries per head
     disc_backbone: str = "own"      # own; shared with the fake score; detached: reads its features
     disc_weight: float = 1.0        # weight of its loss beside that of a shared fake score
-    gan_real: str = "data"          # held for real: data, teacher's clips, or more passes (ASD)
+    gan_real: str = "data"          # taken as real: data, teacher's clips, or more passes (ASD)
     gan_loss: str = "logistic"      # logistic, or relativistic in pairs of the same condition
     gan_t_max: float = 1.0          # noise level of the discriminator's input ~ U[0, this]
-    gan_shift: float = 1.0          # timestep shift of that level; below 1: outlines and grain
+    gan_shift: float = 1.0          # timestep shift of that level; below 1: less noise
     gan_interval: bool = False      # draw that level from the interval of the exit pass
     r1r2_weight: float = 20.0       # lambda of the approximate R1 and R2
     r1r2_sigma: float = 0.1         # their perturbation
@@ -225,7 +225,7 @@ def student_clip(run, x, text, draws, exit_step=None, grad=False):
 
 
 def real_clips(run, batch, exit_step):
-    """What the discriminator holds for real: (clips (b, f, c, h, w), their texts)."""
+    """What the discriminator takes as real: (clips (b, f, c, h, w), their texts)."""
     cfg = run.cfg
     if cfg.gan_real == "data":
         return batch.x0, batch.text
@@ -272,9 +272,9 @@ def dmd_term(run, x, batch, draws, exit_step):
 def disc_level(cfg, draws, x, exit_step):
     """The random level (b, f) at which the discriminator sees a clip. With --gan-interval it lies
     between the time of the pass that made the clip and the next time of the schedule."""
-    u = L.shift_time(draws.stratified_uniform() * cfg.gan_t_max, cfg.gan_shift)
-    if has_heads(cfg, "fake"):  # one pass serves both
-        u = L.score_levels(draws.stratified_uniform(), cfg.score_shift)
+    u, one_pass_for_both = draws.stratified_uniform(), has_heads(cfg, "fake")
+    u = (L.score_levels(u, cfg.score_shift) if one_pass_for_both
+         else L.shift_time(u * cfg.gan_t_max, cfg.gan_shift))
     if cfg.gan_interval:
         times = [*L.schedule(cfg.student_steps[0], cfg.shift), 0.0]
         u = times[exit_step + 1] + (times[exit_step] - times[exit_step + 1]) * u
@@ -304,8 +304,8 @@ def gan_term(run, x, batch, draws, exit_step):
     t, eps = disc_level(cfg, draws, x, exit_step), draws.randn(*x.shape[1:])
     x_t = L.add_noise(torch.cat([x[:, :k], clip], 1), eps, t)
     fake, _ = discriminate(run, x_t, batch.text, t, exit_step, detach=False)
-    student_loss, real = L.GAN_LOSSES[cfg.gan_loss][1], None
-    if student_loss.paired:
+    (_, student_loss, paired), real = L.GAN_LOSSES[cfg.gan_loss], None
+    if paired:
         with torch.no_grad():  # same noise, level and image: a pair
             clip_t, text = batch.real or (batch.x0, batch.text)
             real, _ = discriminate(run, L.add_noise(clip_t, eps, t), text, t, exit_step)
@@ -318,7 +318,7 @@ TERMS = {"dmd": dmd_term, "gan": gan_term}  # each takes (run, x, batch, draws, 
 
 def anchor_step(run, batch):
     """Backpropagate stage 1's regression from pure noise (DMD, 2311.18828, eq. 9). DMD and the
-    adversarial loss allow two seeds one future; this penalises it."""
+    adversarial loss let all seeds share one future; this penalises it."""
     loss = ode_loss(run, run.draws(batch.clip_ids, "anchor"), (1.0,))
     (run.cfg.ode_anchor * run.batch_part(loss, batch)).backward()
     return {"anchor": loss.detach()}
@@ -411,8 +411,8 @@ def distil_step(run):
         clips.append((batch, x.detach()))
     if moving:
         log["grad"] = run.update("student")
-    together = has_heads(cfg, "fake") and judge  # one update trains both
-    for update in range(cfg.fake_updates if cfg.dmd_weight and not together else 0):
+    both = cfg.disc_updates if has_heads(cfg, "fake") and judge else 0  # updates that train both
+    for update in range(both, cfg.fake_updates if cfg.dmd_weight else 0):
         log |= fake_score_step(run, clips, update, exit_step)
     for update in range(cfg.disc_updates if judge else 0):
         log |= disc_step(run, clips, update, exit_step)

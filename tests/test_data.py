@@ -35,7 +35,7 @@ def test_draws_do_not_depend_on_the_layout():
 
 
 def test_toy_world_is_what_it_says():
-    world = data.ToyWorld(32, 16)
+    world = data.ToyWorld(32, 16, 0)
     one, many = world.batch([7]), world.batch([3, 7])
     assert torch.equal(one["video"][0], many["video"][1]) and one["text"][0] == many["text"][1]
     video, state = many["video"], many["state"]
@@ -54,7 +54,7 @@ def test_toy_world_is_what_it_says():
 def test_without_turns_the_shape_goes_straight_between_elastic_walls():
     """Against a path that is walked step by step. With turns the first four frames are the same; a
     longer path begins with the shorter."""
-    straight, turning = data.ToyWorld(32, 40), data.ToyWorld(32, 40, turns=0.2)
+    straight, turning = data.ToyWorld(32, 40, 0), data.ToyWorld(32, 40, turns=0.2)
     state = straight.state(range(100))
     path, turned = straight.centres(state), turning.centres(state)
     at, velocity = state["start"].clone(), state["velocity"].clone()
@@ -123,7 +123,7 @@ def test_futures_are_drawn_from_the_worlds_own_law():
 def test_futures_are_as_fast_as_clips_that_start_there(monkeypatch):
     """Clips are drawn by speed first, then a start that leaves room for three steps: near the
     middle, among starts of all speeds, fast ones are denser (by 0.0095 pixels a frame here)."""
-    world, heading, g = data.ToyWorld(32, 4), 1, torch.Generator().manual_seed(0)
+    world, heading, g = data.ToyWorld(32, 4, 0), 1, torch.Generator().manual_seed(0)
     middle = {**world.state([0]), "start": torch.full((1, 2), 16.0),
               "direction": torch.tensor([heading])}  # down-right
     monkeypatch.setattr(world, "state", lambda clip_ids: middle)
@@ -145,7 +145,7 @@ def test_word_encoder():
 
 
 def test_codec_inverts_and_survives_a_file(tmp_path, monkeypatch):
-    video = data.ToyWorld(32, 4).batch(range(32))["video"]
+    video = data.ToyWorld(32, 4, 0).batch(range(32))["video"]
     full, part = data.PatchCodec.fit(video, 4, 48), data.PatchCodec.fit(video, 4, 24)
     assert relative(full.decode(full.encode(video)), video) < 0.02  # the ridge's part
     monkeypatch.setattr(data.PatchCodec, "ridge", 1e-9)

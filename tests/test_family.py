@@ -79,6 +79,8 @@ def test_stages_of_a_recipe():
     ("--no-self-rollout --student-steps 4 2", "--no-self-rollout needs one number"),
     ("--disc-backbone shared --gan-weight 1 --dmd-weight 0", "--dmd-weight a number"),
     ("--gan-real teacher --gan-loss relativistic", "--gan-loss logistic"),
+    ("--no-self-rollout --gan-interval", "which pass made a clip"),
+    ("--no-self-rollout --gan-real more --student-steps 4", "which pass made a clip"),
     ("--student-steps 0", "from 1 up"), ("--teacher-forcing 2", "between 0 and 1")])
 def test_switches_that_do_not_go_together(flags, sentence):
     with pytest.raises(UsageError, match=sentence):
@@ -135,14 +137,16 @@ def test_the_weight_of_the_logit_leaves_the_flow_alone(monkeypatch):
 
 
 def test_a_shared_critic_is_trained_at_the_fake_scores_levels():
-    """--score-shift moves them, as those of a fake score alone; --gan-shift and --gan-t-max, of a
-    discriminator's own level, do not."""
+    """--score-shift moves them, as those of a fake score alone. --gan-shift and --gan-t-max, of a
+    discriminator of its own, are refused."""
     def levels(*flags):
         cfg, draws = small_config(2, "--recipe", "one-forcing", *flags), data.Draws(range(99), "t")
         return train.disc_level(cfg, draws, torch.zeros(99, 7, 1, 1, 1), 0)[:, 1]
 
     plain = levels()
-    assert torch.equal(levels("--gan-shift", 5, "--gan-t-max", 0.3), plain)
+    for more in (("--gan-shift", 5), ("--gan-t-max", 0.3), ("--gan-interval",)):
+        with pytest.raises(UsageError, match="the levels of the fake score: add --gan-t-max 1"):
+            levels(*more)
     inside = plain > 0.02  # not clamped
     shifted = L.score_levels(plain[inside], 5)
     assert torch.allclose(levels("--score-shift", 5)[inside], shifted, atol=1e-5)
@@ -218,8 +222,10 @@ def test_the_clip_of_one_more_pass():
 
 
 def test_no_adversarial_term_after_the_last_pass(monkeypatch):
-    """Of 4 passes there is no clip of 5: DMD alone, and the fake score's own update."""
-    run = at_work(2, "--recipe", "asd", "--student-start", 0, "--probe-every", 0)
+    """Of 4 passes there is no clip of 5: DMD alone, and the fake score's own updates. Elsewhere the
+    discriminator's train it too, and count."""
+    run = at_work(2, "--recipe", "asd", "--student-start", 0, "--probe-every", 0, "--fake-updates",
+                  3)
     done, exits = [], iter([3, 1])
     for name in ("fake_score_step", "disc_step"):
         monkeypatch.setattr(train, name, lambda *_, name=name: done.append(name) or {})
@@ -235,10 +241,10 @@ def test_no_adversarial_term_after_the_last_pass(monkeypatch):
 
     run.draws = draws
     train.distil_step(run)
-    assert done == ["fake_score_step"]
+    assert done == ["fake_score_step"] * 3
     done.clear()
     train.distil_step(run)
-    assert done == ["gan"] + ["disc_step"] * run.cfg.disc_updates
+    assert done == ["gan", "fake_score_step", "fake_score_step", "disc_step"]
 
 
 def test_swapping_the_pair_turns_the_gradient():
@@ -258,7 +264,7 @@ def test_swapping_the_pair_turns_the_gradient():
         logits, _ = train.discriminate(run, x, batch.text, None, passes)
         assert torch.allclose(logits, x[:, 1:].flatten(1).sum(1) * (passes + 1))
     real, fake = torch.zeros(4, requires_grad=True), torch.zeros(4, requires_grad=True)
-    d_loss, g_loss = L.GAN_LOSSES["relativistic"]
+    d_loss, g_loss, _ = L.GAN_LOSSES["relativistic"]
     one = torch.autograd.grad(g_loss(real, fake), fake)[0]
     other = torch.autograd.grad(g_loss(fake, real), fake)[0]
     assert torch.equal(one, -other)

@@ -20,7 +20,7 @@ from utils.runs import SHIPPED
 def shipped():
     """(network, settings, image latents, text) of the shipped student and a toy clip."""
     net, codec, settings = sample.load_stage(SHIPPED)
-    clip = data.ToyWorld(32, 10).batch([data.held_out_ids(1)[0]])
+    clip = data.ToyWorld(32, 10, 0).batch([data.held_out_ids(1)[0]])
     text = data.WordEncoder(settings["text_len"], settings["text_dim"]).encode(clip["text"])
     return net, settings, codec.encode(clip["video"][:, :1]), text
 

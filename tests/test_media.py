@@ -70,7 +70,7 @@ def test_images(tmp_path):
 
 @pytest.mark.parametrize("name", ["v.mp4", "v.gif"])
 def test_writer_keeps_size_and_writes_whole_files(tmp_path, name):
-    video = data.ToyWorld(34, 6).batch([0])["video"][0]
+    video = data.ToyWorld(34, 6, 0).batch([0])["video"][0]
     with media.video_writer(tmp_path / name, fps=8, zoom=3) as write:
         write(video[:3])
         assert not (tmp_path / name).exists()

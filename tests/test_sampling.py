@@ -48,7 +48,7 @@ def test_an_interrupted_stream_is_kept(small_run, tmp_path, monkeypatch, capsys)
         sample.main(["--weights", str(small_run / "stage3"), "--from-data", "--seed", "3", "--out",
                      str(tmp_path / f"3.{ending}")])
         assert len(media.read_video(tmp_path / f"3.{ending}", 32)) == 4
-    clip = data.ToyWorld(32, 7).batch([data.held_out_ids(1)[0] + 3])
+    clip = data.ToyWorld(32, 7, 0).batch([data.held_out_ids(1)[0] + 3])
     assert clip["text"][0] in capsys.readouterr().out
 
 

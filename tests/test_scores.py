@@ -19,7 +19,7 @@ from utils.errors import UsageError
 def scored():
     """Scores of real toy clips, and of what can be wrong with them."""
     torch.manual_seed(0)
-    world = data.ToyWorld(32, 16)
+    world = data.ToyWorld(32, 16, 0)
     state = world.state(data.held_out_ids(48))
     real = world.render(state)
     later = torch.tensor([0.0] + [1.0] * 15)[None, :, None]  # the image stays where it is
@@ -68,7 +68,7 @@ def test_wrong_clips_lose_where_they_are_wrong(scored):
 def test_a_caption_is_compared_with_the_last_frame():
     """Another kind of shape on the same path counts if it is there at the end, not if it was before
     it; the given image always shows the right one."""
-    world = data.ToyWorld(32, 10)
+    world = data.ToyWorld(32, 10, 0)
     state = world.state(range(8))
     real = world.render(state)
     other = world.render({**state, "kind": (state["kind"] + 1) % 3})
@@ -94,7 +94,7 @@ def test_real_clips_that_turn_are_as_good_but_less_smooth():
 
 
 def test_one_broken_frame_makes_a_clip_a_ghost():
-    world = data.ToyWorld(32, 6)
+    world = data.ToyWorld(32, 6, 0)
     state = world.state(data.held_out_ids(4))
     video = world.render(state)
     video[2, 4] = world.layers(state)[0][2]  # no object
@@ -159,7 +159,7 @@ def test_drift_and_long_error_are_of_clips_four_times_as_long(quick_scores, monk
     as can be."""
 
     def make(net, codec, settings, clips, frames, steps, seed=0):
-        world = data.ToyWorld(32, frames)
+        world = data.ToyWorld(32, frames, 0)
         state = world.state(clips)
         video = world.render(state)
         video[:, 10:] = world.layers(state)[0][:, None]
@@ -179,7 +179,7 @@ def test_every_score_is_of_the_set_that_was_named(quick_scores, monkeypatch):
 
     def make(net, codec, settings, clips, frames, steps, seed=0):
         seen.append(clips)
-        world = data.ToyWorld(32, frames)
+        world = data.ToyWorld(32, frames, 0)
         state = world.state(clips)
         return world.render(state), [{"state": state}], world
 
@@ -202,7 +202,7 @@ def test_drift_is_the_spread_over_segments():
 
 
 def test_general_scores_without_knowledge_of_the_scene():
-    real = data.ToyWorld(32, 16).batch(data.held_out_ids(16))["video"]
+    real = data.ToyWorld(32, 16, 0).batch(data.held_out_ids(16))["video"]
     frozen, noisy = real[:, :1].expand_as(real), real + 0.5 * torch.randn_like(real)
     r, f, n = (evaluate.general_scores(v, real) for v in (real, frozen, noisy))
     assert r["dynamic_degree"] == pytest.approx(1) and f["dynamic_degree"] == 0
@@ -248,7 +248,7 @@ def test_scores_of_a_run_begin_with_real_clips(small_run, quick_scores, tmp_path
 def test_a_mask_lies_on_its_object():
     """In what is cut out around an object, its silhouette is centred; a triangle's in width
     only."""
-    world = data.ToyWorld(32, 3)
+    world = data.ToyWorld(32, 3, 0)
     mask = evaluate.silhouettes(world, torch.arange(3))[:, 0, 0]
     ticks = torch.arange(mask.shape[-1]) - (mask.shape[-1] - 1) / 2
     for sums, kinds in ((mask.sum(1), [0, 1, 2]), (mask.sum(2), [0, 1])):

@@ -32,6 +32,9 @@ def test_misuse_of_the_network_is_explained():
         net(x[..., :3], t, text)
     with pytest.raises(ValueError, match="tokens"):
         net(x, t, text.repeat(1, 2, 1))
+    for more in (dict(mask=torch.ones(7, 7, dtype=torch.bool)), dict(positions=range(7))):
+        with pytest.raises(ValueError, match="a cache has its own positions"):
+            net(x, t, text, cache=M.KVCache(), **more)
     with pytest.raises(UsageError, match="lacks .*head.modulation"):
         load_into(net, {k: v for k, v in net.state_dict().items() if k != "head.modulation"},
                   "here")

@@ -250,12 +250,19 @@ def check_relatives(cfg):
                         (not cfg.self_rollout, "--no-self-rollout")):
         require(not given or len(passes) == 1, f"{name} needs one number of --student-steps, not "
                 f"{as_words(passes)}")
+    require(cfg.self_rollout or not cfg.gan_interval and cfg.gan_real != "more", "--gan-interval "
+            "and --gan-real more ask which pass made a clip, and with --no-self-rollout none did: "
+            "leave it out")
     require(cfg.gan_real != "more" or passes[0] > 1, "--gan-real more compares clips of n and n + "
             "1 passes: use --student-steps 2 or more")
     bidirectional = cfg.dmd_weight and not cfg.disc_causal
     require(cfg.disc_backbone == "own" or not cfg.gan_weight or bidirectional, f"--disc-backbone "
             f"{cfg.disc_backbone} is the fake score, which is bidirectional and belongs to DMD: "
             "give --dmd-weight a number, and leave out --disc-causal")
+    own = cfg.disc_backbone == "own" or not cfg.gan_weight
+    levels = cfg.gan_t_max, cfg.gan_shift, cfg.gan_interval
+    require(own or levels == (1, 1, False), f"--disc-backbone {cfg.disc_backbone} sees clips at "
+            "the levels of the fake score: add --gan-t-max 1 --gan-shift 1 --no-gan-interval")
     require(cfg.gan_real != "teacher" or cfg.gan_loss != "relativistic", "--gan-loss relativistic "
             "compares clips of one image, and --gan-real teacher has others: use --gan-loss "
             "logistic")
