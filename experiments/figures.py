@@ -55,6 +55,7 @@ try:
     import matplotlib
     from matplotlib import colors, patches
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     matplotlib.rcParams.update(STYLE)
 except ImportError:  # said when a picture is asked for; the tests read this file without it
     matplotlib = None
@@ -146,7 +147,7 @@ def masks(assets, _):
     box(ax, right + 22, middle - 20, 44, 40, PALE_ORANGE, INK)
     say(ax, right + 44, middle, "one\nlogit", ha="center", weight="bold")
     key(ax, TOP + side + 64, [
-        (54, MID_ORANGE, "none", "the image sees, or is seen"),
+        (54, MID_ORANGE, "none", "the image's row and column"),
         (264, MID_BLUE, "none", "frames see each other"),
         (448, "none", INK, "a chunk, written at once"), (640, FAINT, "none", "hidden")])
     save(page, assets, "masks")
@@ -174,7 +175,7 @@ RECIPE = [  # of every stage its networks, data and [(loss, formula)]
       ("and against, as in stage 2", r"$(x_{\mathrm{fake}} - x_{\mathrm{real}})\,/\,\mathrm{mean}"
        r"|x - x_{\mathrm{real}}|$"),
       ("discriminator", r"$\mathrm{softplus}(-D(\mathrm{real}))$" "\n"
-       r"$+\;\mathrm{softplus}(D(x)) + R_1 + R_2$")])]
+       r"$+\;\mathrm{softplus}(D(x)) + \lambda (R_1 + R_2)$")])]
 COLUMN, GAP, FLOOR = 190, 43, 372  # width of a stage's box, space between two, lower edge
 
 
@@ -363,10 +364,63 @@ def rows_of(out):
     return {row: np.mean(points, 0) for row, points in found.items() if points}
 
 
+LABELS = {  # what front() names: (folder, passes) -> words, and where they stand, in points
+    ("real", ()): ("real clips through the codec", 7, -2, "left"),
+    ("stage0", ()): ("teacher", 7, -3, "left"),
+    ("stage0-causal-teacher", ()): ("causal teacher", 7, -3, "left"),
+    ("stage1", ()): ("stage 1", 7, -3, "left"),
+    ("stage1-causal-teacher", ()): ("stage 1, causal teacher", 2, -11, "left"),
+    ("stage1-consistency", ()): ("consistency", 0, 7, "right"),
+    ("stage2", ()): ("stage 2", 3, 7, "left"),
+    ("stage2-control", ()): ("+ 150 steps", 7, -5, "left"),
+    ("stage2-longer", ()): ("stage 2 + 480 steps", -6, -8, "right"),
+    ("stage2-pure", ()): ("stage 2 without anchor", 7, -3, "left"),
+    ("stage2-lowa0", ()): ("stage 2, low levels, no anchor", 7, -3, "left"),
+    ("stage2-nocache", ()): ("stage 2, no cache gradient", 4, -11, "right"),
+    ("stage2-causvid", (1,)): ("CausVid, 1 pass", 7, -3, "left"),
+    ("stage3", ()): ("stage 3", 4, 6, "left"),
+    ("stage3", (4,)): ("stage 3 at 4 passes", 4, 7, "right"),
+    ("stage3-alone", ()): ("adversarial loss alone", 7, 1, "left"),
+    ("stage3-noise-none", ()): ("no noise on D's inputs", 3, -11, "center"),
+    ("stage3-lambda0", ()): ("no R1, R2", -6, 0, "right")}
+
+
 def front(assets, folders):
-    """Two axes, and never one alone: error falls when futures are forgotten, energy does not."""
+    """Two axes, and never one alone: error falls when futures are forgotten, energy does not. All
+    rows, the best known named, and the crowd around the stages once more, enlarged."""
     rows = rows_of(folders[0])
-    hues = [LONG.get(folder[:6], ("", INK))[1] for folder, _ in rows]  # a stage's; else black
+    page = Figure(figsize=(9, 3.9))
+    whole, near = page.subplots(1, 2)
+    low, high = (0.0142, 0.042), (0.0228, 0.132)
+    for ax in (whole, near):
+        for row, point in rows.items():
+            hue, named = hue_of(row), row in LABELS
+            ax.plot(*point, "o", color=hue, ms=5.5 if named else 3, alpha=1 if named else 0.45)
+            inside = all(low < point) and all(point < high)
+            if named and inside == (ax is near):
+                words, *spot, side = LABELS[row]
+                ax.annotate(words, point, spot, ha=side, color=hue, size=7.5,
+                            textcoords="offset points", zorder=5)
+    whole.add_patch(patches.Rectangle(low, *np.subtract(high, low), fc="none", ec=GREY, lw=0.8))
+    near.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title="the frame, enlarged")
+    whole.set(ylabel="energy: do clips go where they might?", title="all rows, seed 0")
+    for ax in (whole, near):
+        ax.set_xlabel("error: are frames true?")
+    kinds = (INK, "real, teachers"), (GREY, "stage 1"), (BLUE, "DMD"), (ORANGE, "adversarial")
+    marks = [Line2D([], [], ls="", marker="o", color=hue, label=kind) for hue, kind in kinds]
+    page.legend(handles=marks, loc="outside lower center", ncols=4, fontsize=7)
+    save(page, assets, "front")
+    numbered_rows(assets, rows)
+
+
+def hue_of(row):
+    """A stage's colour; black for real clips and teachers."""
+    return LONG.get(row[0][:6], ("", INK))[1]
+
+
+def numbered_rows(assets, rows):
+    """The same points, every one with a number, and the rows beside it."""
+    hues = [hue_of(row) for row in rows]
     columns = 3 if len(rows) > 30 else 2
     page = Figure(figsize=(9, 4.5 + 0.14 * len(rows) / columns))
     points = np.array([*rows.values()])
@@ -388,7 +442,7 @@ def front(assets, folders):
         taken = np.append(taken, taken[i] + spot)
         ax.annotate(i + 1, point, (spot.real, spot.imag), textcoords="offset points", color=hue,
                     size=7, ha="center", va="center", arrowprops=line)
-    save(page, assets, "front")
+    save(page, assets, "front-rows")
 
 
 def family(assets, folders):

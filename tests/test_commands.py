@@ -97,7 +97,7 @@ def shortened(line, folder, wan):
         line = line.replace(word, ours)
     if "bench.py load" in line:
         line = line.replace("wan-1.3b", "toy")
-    command = shlex.split(line)
+    command = shlex.split(line, comments=True)
     script = next((word for word in command if word.endswith(".py")), "")
     quiet = {"--tag", "--recipe", "torchrun"} & set(command)
     scores = ["--eval-clips", "0", "--samples", "0"] if quiet else ["--eval-clips", "2",
