@@ -510,7 +510,7 @@ def train(cfg):
         gc.collect()
         if world()[0] == 0:
             from experiments import evaluate
-            evaluate.finish_stage(cfg.stage, folder, clips, minutes)
+            evaluate.finish_stage(cfg.stage, folder, clips, minutes, cfg.device)
 
 
 def parse(argv):

@@ -385,9 +385,10 @@ def scores_of(net, codec, settings, number=256, steps=None, long=True, which="se
     return scores
 
 
-def stage_scores(folder, number=256, steps=None, long=True, which="search"):
-    """Scores of a stage's EMA weights, see scores_of(). steps: passes per chunk, also a list."""
-    net, codec, settings = load_stage(folder, device=cuda_or_cpu())
+def stage_scores(folder, number=256, steps=None, long=True, which="search", device=""):
+    """Scores of a stage's EMA weights, see scores_of(). steps: passes per chunk, also a list;
+    device: cuda, mps or cpu, by default CUDA if there is any."""
+    net, codec, settings = load_stage(folder, device=device or cuda_or_cpu())
     require(codec, f"{folder} was trained on latents, which have no scores here: look at what "
             "sample.py makes of it")
     require(settings["stage"] or not isinstance(steps, list), f"{folder} is a teacher, which makes "
@@ -496,7 +497,8 @@ def main(argv=None):
         if not (folder / "config.json").is_file():
             rows.append(folder_scores(folder))
             continue
-        scores = stage_scores(folder, args.clips, steps, not args.no_long, args.held_out)
+        scores = stage_scores(folder, args.clips, steps, not args.no_long, args.held_out,
+                              args.device)
         rows.append(scores)
         if rows[0]["stage"] != "real":
             rows.insert(0, real_row(folder, args.clips, args.held_out))
@@ -539,14 +541,14 @@ def real_row(folder, clips, which):
     return scores
 
 
-def finish_stage(stage, folder, clips, minutes):
-    """What train.py asks for at the end of a stage: its scores on held-out clips, printed beside
-    those of real clips. Writes metrics.json, which marks the stage as finished. clips 0: no
-    scores."""
+def finish_stage(stage, folder, clips, minutes, device=""):
+    """What train.py asks for at the end of a stage: its scores on held-out clips, made on the
+    stage's device and printed beside those of real clips. Writes metrics.json, which marks the
+    stage as finished. clips 0: no scores."""
     scores = {}
     if clips:
         try:
-            scores = stage_scores(folder, clips)
+            scores = stage_scores(folder, clips, device=device)
             print(table([real_row(folder, clips, "search"), scores]))
         except Exception as error:
             reason = str(error) or type(error).__name__

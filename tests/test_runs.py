@@ -74,7 +74,7 @@ def test_a_failed_score_costs_no_training(small_run, tmp_path, monkeypatch, caps
     """What has been trained is kept, the sentence says how to see more and how to go on, and the
     same command goes on."""
     flags = command(small_run, 2, "--out", tmp_path, "--iters", 2)
-    monkeypatch.setattr(evaluate, "stage_scores", lambda *_: 1 / 0)
+    monkeypatch.setattr(evaluate, "stage_scores", lambda *_, **__: 1 / 0)
     with pytest.raises(SystemExit) as stop:
         train.main([*flags, "--eval-clips", "2"])
     said = capsys.readouterr().err

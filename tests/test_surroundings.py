@@ -223,6 +223,19 @@ def test_a_table_is_printed_before_it_is_kept(small_run, tmp_path, monkeypatch, 
     assert "stage1" in capsys.readouterr().out
 
 
+def test_scores_are_made_on_the_device_that_was_asked_for(small_run, monkeypatch):
+    """Also on a machine with CUDA; the end of a stage asks for the stage's own."""
+    seen = []
+    monkeypatch.setattr(evaluate, "cuda_or_cpu", lambda: "cuda")
+    monkeypatch.setattr(evaluate, "load_stage", lambda folder, device: seen.append(device) or 1 / 0)
+    for score in (lambda: evaluate.main([str(small_run / "stage1"), "--device", "cpu"]),
+                  lambda: evaluate.finish_stage(1, small_run / "stage1", 2, 0.1, "cpu"),
+                  lambda: evaluate.stage_scores(small_run / "stage1")):
+        with pytest.raises((ZeroDivisionError, UsageError)):
+            score()
+    assert seen == ["cpu", "cpu", "cuda"]
+
+
 def test_clips_that_stand_still_have_no_dynamic():
     still = torch.rand(2, 1, 3, 8, 8).expand(2, 6, 3, 8, 8)
     scores = {"stage": 1, **evaluate.general_scores(torch.rand(2, 6, 3, 8, 8), still)}
