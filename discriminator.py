@@ -70,7 +70,7 @@ class Discriminator(nn.Module):
         if detach:
             features = [tokens.detach() for tokens in features]
         frames, first = {"clip": (f, 0), "chunk": (cfg.chunk, cfg.first),
-                         "frame": (1, cfg.first)}[self.granularity]  # that a logit reads; skipped
+                         "frame": (1, cfg.first)}[self.granularity]  # frames per logit, and skipped
         answers = [head(rearrange(tokens[:, first:], "b (g f) n d -> (b g) (f n) d", f=frames))
                    for head, tokens in zip(self.heads, features)]
         # float32: a relativistic loss leaves the common level of all logits free; they drift, and

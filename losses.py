@@ -108,8 +108,7 @@ def on_clean_context(velocity, clean, mask, first=0):
     seen = seen[:, [*past, *(len(frames) + i for i in made)]]
 
     def on_context(x_t, t, text):
-        repeats = len(x_t) // len(clean)  # 2 where guidance asks for two flows at once
-        x = torch.cat([clean[:, past].repeat(repeats, 1, 1, 1, 1), x_t[:, made]], 1)
+        x = torch.cat([clean[:, past], x_t[:, made]], 1)
         levels = torch.cat([0 * t[:, past], t[:, made]], 1)
         flow = velocity(x, levels, text, mask=seen, positions=[*past, *made])[:, n_past:]
         return F.pad(flow, (0,) * 6 + (first, 0))
@@ -205,6 +204,7 @@ def approx_r1_r2(discriminate, x_t, logits, delta):
     """|D(x) - D(x + delta)|^2, delta ~ N(0, sigma^2): R1 on real clips, R2 on generated ones
     (paper eq. 10; APT, 2501.08316, eq. 6).
 
-    A finite difference in place of a gradient penalty: it needs no second backward pass, which
-    FSDP2 refuses. discriminate: callable x_t -> logits at the SAME noise level; logits: D(x_t)."""
+    About sigma^2 |grad D|^2, so its strength is lambda sigma^2. A finite difference in place of a
+    gradient penalty: it needs no second backward pass, which FSDP2 refuses. discriminate: callable
+    x_t -> logits at the SAME noise level; logits: D(x_t)."""
     return (logits - discriminate(x_t + delta)).square().mean()

@@ -59,7 +59,7 @@ def sample_ode(velocity, noise, first, times, keep=()):
 
 # ---------------------------------------------------------------- the student
 def per_chunk(x):
-    """One value per chunk, as a list: numbers of passes are several values, times are one."""
+    """The values of the chunks, as a list. A list of floats is one value: a chunk's times."""
     several = isinstance(x, (list, tuple)) and not any(isinstance(y, float) for y in x)
     return list(x) if several else [x]
 
@@ -126,6 +126,7 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
     words = text_at(0)
     while frames is None or done < frames:
         carries = grad and not (grad_chunks and frames - done > grad_chunks * cfg.chunk)
+        # the image is given, so that no pass has left it in the cache
         if finished is first or (finished is not None and context_level >= 0):
             level = max(0.0, context_level)
             context_pass(model, cache, finished, words, level, randn, carries and cache_grad)

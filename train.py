@@ -170,7 +170,7 @@ def teacher_step(run):
     of the steps every chunk continues a real past, as stage 1 will ask the teacher to."""
     cfg, log = run.cfg, {}
     for batch in run.batches("teacher"):
-        net = run.nets["student"]
+        net = run.nets["student"]  # in stage 0 that is the teacher
         if run.draws([0], "forcing").rand(1).item() < cfg.teacher_forcing:
             net = L.on_clean_context(net, batch.x0, stream_mask(cfg), cfg.first)
         u = batch.draws.stratified_uniform()
@@ -397,7 +397,7 @@ def distil_step(run):
     moving = run.step >= cfg.student_start
     exit_draws = run.draws([0], "exit")
     exits = [int(exit_draws.choice([1.0] * passes, 1)) for passes in cfg.student_steps]
-    exit_step = exits[0]  # of the first chunk; what reads it has one number for all, see settings
+    exit_step = exits[0]  # what reads it has one number of passes for all chunks, see settings
     judge = cfg.gan_weight > 0 and judged(cfg, exit_step)
     for batch in run.batches("roll"):
         if cfg.self_rollout:
@@ -411,8 +411,8 @@ def distil_step(run):
         clips.append((batch, x.detach()))
     if moving:
         log["grad"] = run.update("student")
-    both = cfg.disc_updates if has_heads(cfg, "fake") and judge else 0  # updates that train both
-    for update in range(both, cfg.fake_updates if cfg.dmd_weight else 0):
+    covered = cfg.disc_updates if has_heads(cfg, "fake") and judge else 0  # they train both
+    for update in range(covered, cfg.fake_updates if cfg.dmd_weight else 0):
         log |= fake_score_step(run, clips, update, exit_step)
     for update in range(cfg.disc_updates if judge else 0):
         log |= disc_step(run, clips, update, exit_step)

@@ -402,7 +402,7 @@ def front(assets, folders):
                 ax.annotate(words, point, spot, ha=side, color=hue, size=7.5,
                             textcoords="offset points", zorder=5)
     whole.add_patch(patches.Rectangle(low, *np.subtract(high, low), fc="none", ec=GREY, lw=0.8))
-    near.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title="the frame, enlarged")
+    near.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title="the box, enlarged")
     whole.set(ylabel="energy: do clips go where they might?", title="all rows, seed 0")
     for ax in (whole, near):
         ax.set_xlabel("error: are frames true?")

@@ -466,7 +466,8 @@ def test_chunks_continue_real_clips_as_the_teacher_has_learnt(flags):
     for p in run.nets["teacher"].parameters():
         torch.nn.init.normal_(p, std=0.2)
     noise = torch.randn_like(batch.x0)
-    teacher = L.on_clean_context(run.nets["teacher"], batch.x0, M.stream_mask(run.cfg), 1)
+    clean = batch.x0.repeat(2 if run.cfg.guidance > 1 else 1, 1, 1, 1, 1)  # two flows at once
+    teacher = L.on_clean_context(run.nets["teacher"], clean, M.stream_mask(run.cfg), 1)
     velocity = sample.with_cfg(teacher, batch.text, run.cfg.guidance)
     one = sample.sample_ode(velocity, noise, batch.x0[:, :1], times, keep)
     two = continue_clips(run, batch, noise, times, keep)
