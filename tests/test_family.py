@@ -247,6 +247,20 @@ def test_no_adversarial_term_after_the_last_pass(monkeypatch):
     assert done == ["gan", "fake_score_step", "fake_score_step", "disc_step"]
 
 
+def test_the_students_pair_is_the_clip_of_more_passes(monkeypatch):
+    """Its logit is compared with that of the clip that the discriminator takes as real."""
+    run, seen = at_work(2, "--recipe", "asd"), []
+    batch, judge = next(run.batches("roll")), train.discriminate
+    more, words = batch.x0 + 100, batch.text + 1
+    batch.real = more, words
+    monkeypatch.setattr(train, "discriminate", lambda run, x_t, text, t, *args, **options: (
+        seen.append((x_t.detach(), text, t)) or judge(run, x_t, text, t, *args, **options)))
+    train.gan_term(run, batch.x0, batch, run.draws(batch.clip_ids, "gan"), 1)
+    (mine, text, t), (real, real_text, _) = seen
+    assert text is batch.text and real_text is words  # of one noise and level
+    assert torch.allclose(real - mine, 100 * (1 - L.expand_t(t)).expand_as(mine), atol=1e-3)
+
+
 def test_swapping_the_pair_turns_the_gradient():
     run = at_work(2, "--recipe", "asd")
     batch, column = next(run.batches("roll")), []

@@ -801,6 +801,35 @@ def test_the_discriminator_is_told_which_pass_it_was(monkeypatch):
     assert judged == [exit_step for exit_step in left for _ in range(2)] and set(left) == {0, 1}
 
 
+def test_every_random_number_of_a_step_has_a_key_of_its_own():
+    """Shared noise would couple what is averaged apart: the levels of DMD and the rollout, say."""
+    for stage, flags in ((0, ""), (1, ""), (3, "--fake-updates 2 --disc-updates 2"),
+                         (2, "--recipe asd --student-steps 3 --fake-updates 2")):
+        run = plan.Rehearsal(small_config(stage, *flags.split(), "--student-start", 0,
+                                          "--probe-every", 0))
+        drawn, keys = run.draws, []
+        run.draws = lambda clips, purpose, keys=keys, drawn=drawn: (
+            keys.append(purpose) or drawn(clips, purpose))
+        for run.step in range(4):
+            keys.clear()
+            train.STEPS[stage](run)
+            assert len(keys) >= 1 and sorted(keys) == sorted(set(keys))
+        assert stage < 2 or len(keys) >= 5
+
+
+def test_every_learning_rate_reaches_its_parameters():
+    """Matrices of the student's blocks have Muon's; the rest, and other networks, have AdamW's."""
+    flags = ("--muon-lr", 0.5, "--lr", 0.25, "--fake-lr", 0.125, "--disc-lr", 0.0625,
+             "--backbone-lr", 0.03125, "--lr-warmup", 0, "--lr-decay", 0, "--student-start", 0)
+    run = plan.Rehearsal(small_config(3, *flags, "--probe-every", 0))
+    train.distil_step(run)
+    rates = {name: [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+             for name, optimizers in run.optimizers.items() if optimizers}
+    kinds = [type(optimizer).__name__ for optimizer in run.optimizers["student"]]
+    assert kinds == ["Muon", "AdamW"]
+    assert rates == {"student": [0.5, 0.25], "fake": [0.125], "disc": [0.0625, 0.03125]}
+
+
 def test_weight_decay_reaches_every_network_that_is_trained():
     for stage, names in ((0, {"student"}), (2, {"student", "fake"}),
                          (3, {"student", "fake", "disc"})):
