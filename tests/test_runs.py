@@ -817,6 +817,25 @@ def test_every_random_number_of_a_step_has_a_key_of_its_own():
         assert stage < 2 or len(keys) >= 5
 
 
+def test_each_penalty_is_about_the_logits_of_its_own_clips(monkeypatch):
+    """R1 moves real clips and compares with their logits, R2 generated ones; delta has sigma."""
+    run = plan.Rehearsal(small_config(3, "--r1r2-sigma", 0.05, "--student-start", 0,
+                                      "--probe-every", 0, "--dtype", "float32"))
+    torch.nn.init.normal_(run.nets["disc"].out.weight, std=1.0)
+    seen = []
+
+    def penalty(judge, x_t, logits, delta):
+        seen.append((judge(x_t).detach(), logits.detach(), delta))
+        return 0 * logits.mean()
+
+    monkeypatch.setattr(train.L, "approx_r1_r2", penalty)
+    train.distil_step(run)
+    (real, of_real, delta), (fake, of_fake, _) = seen[:2]
+    assert torch.allclose(real, of_real, atol=1e-6) and torch.allclose(fake, of_fake, atol=1e-6)
+    assert (real - fake).abs().max() > 1e-4
+    assert delta[:, 1:].std().item() == pytest.approx(0.05, rel=0.1) and (delta[:, 0] == 0).all()
+
+
 def test_every_learning_rate_reaches_its_parameters():
     """Matrices of the student's blocks have Muon's; the rest, and other networks, have AdamW's."""
     flags = ("--muon-lr", 0.5, "--lr", 0.25, "--fake-lr", 0.125, "--disc-lr", 0.0625,
