@@ -183,3 +183,19 @@ def test_absolute_positions_are_frame_numbers_when_frames_have_left():
             cache.write([(torch.zeros(1, frames, 1, 1, 1),) * 2])
             cache.commit()
         assert cache.positions(2) == wanted
+
+
+def test_an_ode_keeps_the_image_and_says_that_it_is_clean():
+    """Of every pass the image's frames have t = 0 and are the image; the others have the pass's."""
+    image, noise, seen = torch.ones(2, 1, 4, 4, 4), torch.randn(2, 7, 4, 4, 4), []
+
+    def velocity(x, t):
+        seen.append((x, t))
+        return torch.ones_like(x)
+
+    clip, _ = sample.sample_ode(velocity, noise, image, L.schedule(3, 5.0))
+    assert torch.equal(clip[:, :1], image)
+    assert torch.allclose(clip[:, 1:], noise[:, 1:] - 1, atol=1e-5)
+    for (x, t), level in zip(seen, L.schedule(3, 5.0), strict=True):
+        assert torch.equal(x[:, :1], image) and (t[:, 0] == 0).all()
+        assert torch.allclose(t[:, 1:], torch.tensor(level))
