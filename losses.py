@@ -99,7 +99,7 @@ def on_clean_context(velocity, clean, mask, first=0):
     cached inference on a clean history, with positions that are frame numbers.
 
     clean: (b, f, c, h, w); mask: (f, f) bool, block-causal. Two parts are left out, since no chunk
-    sees them: the clean last chunk, and the image in x_t, its `first` frames; their flow is 0."""
+    sees them: the clean last chunk, and the image in x_t, its `first` frames (flow 0)."""
     frames, own = list(range(len(mask))), mask & mask.T  # frames of one chunk see each other
     n_past = int((~own[-1]).sum())  # frames before the last chunk
     past, made = frames[:n_past], frames[first:]
