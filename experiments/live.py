@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -298,7 +299,9 @@ def control(stream, asked):
         require(isinstance(caption, str), "A caption is a text.")
         require(len(caption) <= LONGEST_CAPTION, f"A caption has up to {LONGEST_CAPTION:,} "
                 f"characters, this one has {len(caption):,}.")
-        require(caption.isprintable(), "The caption has characters that cannot be printed.")
+        # U+3000, a no-break space or a joiner are part of a language
+        control = any(unicodedata.category(letter) in ("Cc", "Cs") for letter in caption)
+        require(not control, "The caption has characters that cannot be printed.")
         with stream.encoding, torch.no_grad():
             text = stream.encode(caption)
         limit = stream.settings["text_len"]

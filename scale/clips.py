@@ -27,7 +27,8 @@ def open_dataset(cfg, trajectory_folders):
         data.negative = captions.negative
     enough = cfg.stage == 1 or cfg.stage == 2 and not cfg.first  # no image is needed
     require(not data.only_text or enough, f"{data.paths[0]} holds a caption alone, for "
-            f"stage 1 and then stage 2: stage {cfg.stage} needs clips, see python -m scale.encode")
+            f"stage 1, and for stage 2 with --first 0: stage {cfg.stage} needs clips, see python "
+            "-m scale.encode")
     require(not data.only_text or cfg.stage > 1 or cfg.ode_context != "real", f"{data.paths[0]} "
             "holds a caption alone, and trajectories of --ode-context real continue clips: use "
             "--ode-context clean or noisy, or encode clips with python -m scale.encode")

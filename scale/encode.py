@@ -68,6 +68,8 @@ def encode_video(path, caption, codec, words, size, args):
     shorter than a clip."""
     require(len(os.fsencode(path.name)) <= LONGEST, f"{path} has a name of more than {LONGEST} "
             "bytes: use a shorter one")
+    require(path.name.encode("utf-8", "ignore").decode() == path.name, f"{path.name!a} is no name "
+            "in UTF-8: rename it")
     text, frames, n = words.encode(caption), iter_frames(path, size, args.fps), 0
     clip = list(itertools.islice(frames, args.frames))
     while len(clip) == args.frames:

@@ -24,8 +24,8 @@ from utils.errors import UsageError, require
 from utils.files import check_whole, clips_in, read_finite, read_tensors
 from utils.runs import (read_settings, saved_states, stage_dir, start_from, starts_from_weights,
                         steps_before, trajectory_dirs)
-from utils.settings import flag, peak_memory
-from utils.weights import load_into, open_weights
+from utils.settings import as_words, flag, peak_memory
+from utils.weights import load_into, open_weights, same_network
 
 
 @dataclass
@@ -363,6 +363,15 @@ def check_roles(cfg):
     official = teacher.exists() and read_settings(teacher) is None
     require(not official or open_weights(teacher).role != "student", f"{teacher} is a student's "
             "generator, no teacher: name Wan's own network with --teacher")
+    if student:
+        unnamed = not open_weights(before).role
+        same = official and unnamed and same_network(before, teacher)
+        require(not same, f"{before} is the teacher in {teacher}, and stage {cfg.stage} starts "
+                "from a student: train stage 1, or name a student's weights with --init")
+        positions = " --absolute-positions" if cfg.absolute_positions else ""
+        say(f"{before} goes on as a student with --chunk {cfg.chunk} --sink {cfg.sink} --window "
+            f"{cfg.window} --shift {cfg.shift:g}{positions} --student-steps "
+            f"{as_words(cfg.student_steps)}: give what it was trained with")
     if not cfg.real_score:
         return
     require(cfg.real_score not in PRESETS, f"--real-score {cfg.real_score}: a preset is enough for "

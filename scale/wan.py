@@ -15,7 +15,7 @@ import torch
 from utils.errors import UsageError, first_line, require
 from utils.files import read_json
 from utils.layouts import listed, transformers_name
-from utils.weights import Weights, check_names, open_tensors, shape_of
+from utils.weights import Weights, check_names, dtype_of, open_tensors, shape_of
 
 NEGATIVE = (  # Wan's own negative prompt
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -245,9 +245,14 @@ class CaptionEncoder:
             config = UMT5Config(**(settings or encoder_settings(tensors)))
             with torch.device("meta"):
                 model = UMT5EncoderModel(config)
-            model = fill(model, tensors, where, torch.bfloat16 if device == "cuda" else None)
+            small = any(dtype_of(weight).startswith("float8") for weight in tensors.values())
+            half = device == "cuda" or small  # no CPU computes in float8
+            model = fill(model, tensors, where, torch.bfloat16 if half else None)
         with loading(tokenizer):
             self.tokens = AutoTokenizer.from_pretrained(tokenizer)
+        known, words = len(self.tokens), config.vocab_size
+        require(words / 2 < known <= words, f"{tokenizer} knows {known:,} tokens and {where} "
+                f"{words:,}: it is another text encoder's, use google/umt5-xxl")
         self.model = model.to(device)
         self.length, self.device, self.warned = length, device, False
 

@@ -5,6 +5,8 @@ The models are stand-ins, a "video" is a file with the number of its frames."""
 from pathlib import Path
 from types import SimpleNamespace
 
+import os
+
 import pytest
 import torch
 
@@ -176,6 +178,15 @@ def test_a_name_that_is_too_long_is_skipped_and_listed(run, tmp_path):
     made, said = run()
     assert made == ["a.mp4-0000", "z.mp4-0000"]
     assert said.count("skipped: ") == 2 and said.count("use a shorter one") == 2
+
+
+def test_a_name_that_is_no_utf8_is_skipped_and_listed(run, tmp_path):
+    """Of an archive from elsewhere: safetensors could not be read under it."""
+    for name in (b"a.mp4", b"\xb0\xa1.mp4"):
+        with open(os.fsencode(tmp_path / "clips") + b"/" + name, "w") as file:
+            file.write("5")
+    made, said = run()
+    assert made == ["a.mp4-0000"] and "is no name in UTF-8: rename it" in said
 
 
 def test_latents_that_are_not_finite_are_not_written(run, tmp_path):

@@ -212,6 +212,11 @@ def test_a_wrong_request_changes_nothing(server, viewer, asked, said):
     assert server.stream.wanted == before
 
 
+def test_captions_of_every_script(server, viewer):
+    """A full-width space, a no-break space and joiners are part of some."""
+    assert ask(server, "POST", "/control", {"caption": "红\u3000圆 a\u00a0b \u200c"}) == (200, "")
+
+
 def test_requests_of_another_site(server, viewer):
     """A foreign name for this machine, another origin, a picture embedded elsewhere."""
     for headers in ({"Host": "evil.example"}, {"Host": f"evil.example:{server.server_port}"},

@@ -280,6 +280,12 @@ def test_two_recordings_in_one_file_are_not_one(tmp_path):
         media.read_video(tmp_path / "a.ts", 16, fps=5)
 
 
+def test_damaged_sound_refuses_no_picture():
+    """It is not read, but ffmpeg tries a little of it to know the file."""
+    assert video.sound("aac") and video.sound("mp3")
+    assert not (video.sound("h264") or video.sound("mov,mp4,m4a,3gp,3g2,mj2") or video.sound(""))
+
+
 def test_the_second_damaged_video_is_noticed_too(tmp_path):
     """ffmpeg keeps quiet when it says the same twice."""
     write_frames(tmp_path / "a.mkv", range(20))

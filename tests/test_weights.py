@@ -3,6 +3,7 @@ given."""
 import argparse
 import contextlib
 import json
+import os
 import re
 import shutil
 import weakref
@@ -647,6 +648,18 @@ def test_the_real_score_may_be_larger_and_frozen_networks_offloaded(tmp_path):
     assert len(runs.origins(cfg)) == 3
 
 
+def test_a_student_without_a_name_is_not_the_teacher(tmp_path, capfd):
+    """A single file of Wan's own network says nothing of its role: compared with the teacher's. A
+    student is trained on with these settings, whatever it was made with: they are printed."""
+    flags = [*small_wan_files(tmp_path), "--out", str(tmp_path / "a")]
+    torch.save(torch.load(tmp_path / "ode.pt")["generator"], tmp_path / "bare.pt")
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--init", str(tmp_path / "bare.pt")])
+    assert "bare.pt is the teacher in" in capfd.readouterr().err
+    train.main(flags)
+    assert "goes on as a student with --chunk" in capfd.readouterr().out
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_larger_real_score(tmp_path):
     flags = [*small_wan_files(tmp_path), "--real-score", str(tmp_path / "large"), "--offload"]
@@ -680,6 +693,9 @@ def test_without_a_compiler_compile_is_one_sentence(monkeypatch):
         check_compiler("mps")
     with pytest.raises(UsageError, match="--compile needs a compiler"):
         small_config(2, "--compile")
+    monkeypatch.setenv("CXX", shutil.which("false", path=os.defpath))
+    with pytest.raises(UsageError, match="false --version fails: repair it, name another in CXX"):
+        check_compiler("cpu")
 
 
 def test_compiled_blocks_are_graphs(monkeypatch):
@@ -804,7 +820,7 @@ def companions(tmp_path_factory):
 
 
 @torch.no_grad()
-def test_both_layouts_encode_as_the_libraries_do(companions, capsys):
+def test_both_layouts_encode_as_the_libraries_do(companions, capsys, monkeypatch):
     """From the root and from the parts: diffusers' and transformers' own answers."""
     import diffusers
     import transformers
@@ -824,6 +840,10 @@ def test_both_layouts_encode_as_the_libraries_do(companions, capsys):
                         ("o/models_t5_umt5-xxl-enc-bf16.pth", 2e-2)):
         text = wan.CaptionEncoder(companions / path).encode("red disc")
         assert relative(text, expected) < error, path
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "__len__", lambda _: 1)
+    with pytest.raises(UsageError, match="knows 1 tokens and .* 4: it is another text encoder's"):
+        wan.CaptionEncoder(companions / "d")
+    monkeypatch.undo()
     short = wan.CaptionEncoder(companions / "d", length=2)
     assert short.encode("red red disc").shape == short.encode("red disc red").shape == (2, 8)
     said, warned = capsys.readouterr()

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import fields
@@ -275,8 +276,12 @@ def check_compiler(device):
     require(device in usual, f"--compile does not work with --device {device}: leave it out")
     variable, names = usual[device]
     names = [os.environ.get(variable), *names] if os.environ.get(variable) else names
-    require(any(shutil.which(name) for name in names), f"--compile needs a compiler, and there is "
-            f"no {' or '.join(names)}: install one, name it in {variable}, or leave out --compile")
+    found = [name for name in names if shutil.which(name)]
+    require(found, f"--compile needs a compiler, and there is no {' or '.join(names)}: install "
+            f"one, name it in {variable}, or leave out --compile")
+    works = subprocess.run([found[0], "--version"], capture_output=True).returncode == 0
+    require(works, f"--compile needs a compiler, and {found[0]} --version fails: repair it, name "
+            f"another in {variable}, or leave out --compile")
 
 
 def check_choice(name, value, choices):
