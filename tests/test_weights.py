@@ -423,6 +423,15 @@ def test_pt_files_without_weights_are_one_sentence(tmp_path, contents, message):
         open_weights(tmp_path / "w.pt")
 
 
+def test_half_a_file_of_zeros_is_no_network():
+    """As a download leaves it that has reserved its space; a new network's last layer may be 0."""
+    tensors = tensors_of()
+    load_into(M.build(PLAIN), {**tensors, "head.head.weight": 0 * tensors["head.head.weight"]}, "x")
+    tensors["blocks.1.ffn.0.weight"] *= 0
+    with pytest.raises(UsageError, match="here: blocks.1.ffn.0.weight is all zero, .* not whole"):
+        load_into(M.build(PLAIN), tensors, "here")
+
+
 def test_missing_and_foreign_names_are_both_shown():
     net, tensors = M.build(PLAIN), tensors_of()
     tensors["mine.weight"] = tensors.pop("head.modulation")

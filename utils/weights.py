@@ -221,4 +221,8 @@ def load_into(net, weights, where, local_shard=whole_parameter):
             target, rows = local_shard(param)
             if target.numel():
                 target.copy_(weights[name][rows])
+            # what a download that ended early leaves; a new network's last layer is zero
+            empty = target.ndim > 1 and "head.head" not in name and not target.any()
+            require(not empty or not target.numel(), f"{where}: {name} is all zero, so the file is "
+                    "not whole: download it again")
     return net
