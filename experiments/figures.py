@@ -403,7 +403,8 @@ def front(assets, folders):
                             textcoords="offset points", zorder=5)
     whole.add_patch(patches.Rectangle(low, *np.subtract(high, low), fc="none", ec=GREY, lw=0.8))
     near.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title="the box, enlarged")
-    whole.set(ylabel="energy: do clips go where they might?", title="all rows, seed 0")
+    seeds = ", ".join(sorted(folder.name[4:] for folder in Path(folders[0]).glob("seed*")))
+    whole.set(ylabel="energy: do clips go where they might?", title=f"all rows, seed {seeds}")
     for ax in (whole, near):
         ax.set_xlabel("error: are frames true?")
     kinds = (INK, "real, teachers"), (GREY, "stage 1"), (BLUE, "DMD"), (ORANGE, "adversarial")
