@@ -28,7 +28,7 @@ import losses as L
 from discriminator import Discriminator, disc_outputs, has_heads
 from model import PRESETS, Config, build, stream_mask
 from sample import rollout, with_cfg
-from scale.clips import denoised_clip, make_trajectories, probe_spread
+from scale.clips import StepClips, denoised_clip, make_trajectories, probe_spread
 from scale.parallel import averaged, on_rank0, processes, say, world
 from scale.pictures import draw_preview, draw_samples
 from scale.recipes import WAN_RECIPES, changes, control_of, stages_of
@@ -67,7 +67,7 @@ class TrainConfig(Config):
     batch_size: int = 16            # clips per step, over all devices
     micro_batch: int = 0            # clips per device and pass, the rest is accumulated; 0: all
     activation_checkpointing: bool = False  # run blocks again in the backward pass
-    offload: bool = False           # stages 2 and 3: frozen networks stay in host memory
+    offload: bool = False           # stages 2 and 3: frozen networks and held clips on the host
     context_parallel: int = 1       # processes that share the tokens of one clip (Ulysses)
     compile: bool = False           # torch.compile, block by block
     lr: float = 2e-3                # learning rate of the student (AdamW)
@@ -393,7 +393,7 @@ def student_backward(run, x, batch, exit_step):
 def distil_step(run):
     """Stages 2 and 3: roll out, move the student along its terms, then let the fake score and the
     discriminator follow on the same clips, which they see without a graph."""
-    cfg, clips, log = run.cfg, [], {}
+    cfg, clips, log = run.cfg, StepClips(run), {}
     moving = run.step >= cfg.student_start
     exit_draws = run.draws([0], "exit")
     exits = [int(exit_draws.choice([1.0] * passes, 1)) for passes in cfg.student_steps]
@@ -408,7 +408,7 @@ def distil_step(run):
         if moving:
             run.add_to(log, student_backward(run, x, batch, exit_step), batch)
         run.add_to(log, {"motion": L.motion(x), "real_motion": L.motion(batch.x0)}, batch)
-        clips.append((batch, x.detach()))
+        clips.append(batch, x.detach())
     if moving:
         log["grad"] = run.update("student")
     covered = cfg.disc_updates if has_heads(cfg, "fake") and judge else 0  # they train both

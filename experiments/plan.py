@@ -269,7 +269,8 @@ def plan(cfg, gpus):
     held = 0
     if cfg.stage > 1:  # for fake score and discriminator
         held = (passes - 1) * cfg.micro_batch * 4 * (2 * clip + cfg.text_len * cfg.text_dim)
-    costs = {**static_bytes(cfg, gpus), "activations": peak // cfg.context_parallel + held}
+    costs = {**static_bytes(cfg, gpus), "activations": peak // cfg.context_parallel}
+    costs["host" if cfg.offload else "activations"] += held
     return {
         **costs,
         "total": sum(costs.values()) - costs["host"],

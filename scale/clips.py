@@ -1,7 +1,7 @@
 """Clips beside a stage's steps: its data set, trajectories to learn from, CausVid's clips, a probe
 of futures."""
 import functools
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from tqdm import tqdm
@@ -35,6 +35,31 @@ def open_dataset(cfg, trajectory_folders):
     data.network = cfg
     data.read(data.paths[0])
     return data
+
+
+class StepClips:
+    """A step's batches and the student's clips of them, which fake score and discriminator look at
+    once the student has moved. With --offload they wait in host memory: of a large model one group
+    of devices may hold all clips of a step."""
+
+    def __init__(self, run):
+        self.device, self.held = run.device, []
+        self.home = torch.device("cpu") if run.cfg.offload else run.device
+
+    def append(self, batch, clip):
+        """Keep one micro-batch."""
+        self.held.append(self.moved(batch, clip, self.home))
+
+    def __iter__(self):
+        return (self.moved(*pair, self.device) for pair in self.held)
+
+    @staticmethod
+    def moved(batch, clip, device):
+        """(batch, clip) with all tensors on a device."""
+        x0, text = batch.x0.to(device), batch.text.to(device)
+        real = tuple(x0 if x is batch.x0 else text if x is batch.text else x.to(device)
+                     for x in batch.real)
+        return replace(batch, x0=x0, text=text, real=real), clip.to(device)
 
 
 def make_trajectories(run):

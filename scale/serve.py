@@ -1,6 +1,7 @@
 """What sample.py needs around the method: its flags, the stage or the published weights that they
 name, the inputs of toy and Wan networks, speeds."""
 import bisect
+import contextlib
 import gc
 import math
 from dataclasses import asdict, fields
@@ -11,12 +12,12 @@ import torch
 
 from data import PatchCodec, WordEncoder, dataset, held_out_ids
 from model import PRESETS, Config, build
-from utils.errors import check_device, require
-from utils.files import read_finite
+from utils.errors import UsageError, check_device, require
+from utils.files import check_writable, read_finite
 from utils.media import FFMPEG, parse_size, read_image
 from utils.runs import newest_stage, read_settings
 from utils.settings import Parser, cuda_or_cpu, flag
-from utils.weights import check_names, open_weights
+from utils.weights import check_names, open_weights, same_network
 
 INF = math.inf
 LIMITS = {"frames": (0, INF), "fps": (0, 1000), "zoom": (0, 100), "context_level": (-INF, 1),
@@ -102,6 +103,7 @@ def arguments(argv, description):
     require(not (args.text and begins), "--text is one embedded prompt: for --prompt-at name "
             "the text encoder and --prompt in its place")
     args.prompt_at = list(zip(begins, [text for _, text in args.prompt_at]))
+    check_writable(args.out)  # before minutes of loading
     return args
 
 
@@ -194,8 +196,11 @@ def refuse_teacher(weights):
 def as_student(args, weights, settings):
     """The settings of published weights that stream. UsageError for a teacher's, and where nothing
     says how."""
-    refuse_teacher(weights)
     where = weights.where
+    with contextlib.suppress(UsageError):  # --wan may hold no network
+        if args.wan and not weights.role and same_network(where, args.wan):
+            weights.role = "teacher"
+    refuse_teacher(weights)
     typed = args.chunk and args.window is not None and (args.steps or args.times)
     require(args.student or typed, f"nothing says how the weights in {where} stream: add "
             f"--student {' or '.join(sorted(STUDENTS))} if they are one of these, or --chunk, "

@@ -15,7 +15,7 @@ import torch
 from utils.errors import UsageError, first_line, require
 from utils.files import read_json
 from utils.layouts import listed, transformers_name
-from utils.weights import Weights, check_names, dtype_of, open_tensors, shape_of
+from utils.weights import (Weights, check_filled, check_names, dtype_of, open_tensors, shape_of)
 
 NEGATIVE = (  # Wan's own negative prompt
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -48,6 +48,8 @@ def fill(model, tensors, where, dtype=None):
     check_names(model, Weights(tensors, where), where, "download it again, or compare its "
                 "config.json with the published one")
     tensors = {name: whole(weight).to(dtype) for name, weight in tensors.items()}
+    for name, tensor in tensors.items():
+        check_filled(name, tensor, where)
     first = {}  # the first name of every parameter, for one of transformers' has two
     for name, p in model.named_parameters(remove_duplicate=False):
         first.setdefault(p, name)

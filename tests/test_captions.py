@@ -1,6 +1,7 @@
 """Which videos a folder holds, and how their captions may be written down."""
 
 import json
+import re
 import shutil
 import unicodedata
 
@@ -75,6 +76,15 @@ def test_what_is_not_read_is_said(tmp_path, capsys, names):
 def test_numbered_pictures_are_a_video(tmp_path, capsys, names):
     make(tmp_path, *(f"walk/{name}" for name in names))
     assert read(tmp_path, capsys)[0] == ["walk"]
+
+
+@pytest.mark.parametrize("pictures, found, said", [
+    (["1.png", "2.png"], ["1.mp4", "2.mp4"], "not read are .*first .pictures with the names of"),
+    (["1.png", "3.png"], ["1.mp4", "2.mp4", "first"], "first, beside the video files, are read")])
+def test_first_frames_beside_videos(tmp_path, capsys, pictures, found, said):
+    make(tmp_path, "1.mp4", "2.mp4", *(f"first/{name}" for name in pictures))
+    names, _, words = read(tmp_path, capsys)
+    assert names == found and re.search(said, words)
 
 
 # ---------------------------------------------------------------- captions

@@ -139,7 +139,8 @@ def test_frames_are_thinned_by_their_times(tmp_path, ending):
 @pytest.mark.parametrize("delays, fps, taken", [
     ([20] + 11 * [100], 10, [0, *range(1, 11)]),
     ([1000] + 11 * [50], 5, 5 * [0] + [1, 5, 9]),
-    (12 * [100], 5, [0, 2, 4, 6, 8, 10]), (12 * [100], 16, list(range(12)))])
+    (12 * [100], 5, [0, 2, 4, 6, 8, 10]), (12 * [100], 16, list(range(12))),
+    ([100, 100, 300, 100, 100], 16, [0, 1, 2, 2, 2, 3, 4])])
 def test_gifs_whose_frames_last_differently(tmp_path, capsys, delays, fps, taken):
     frames = [Image.new("L", (16, 16), 20 * n) for n in range(len(delays))]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=delays)

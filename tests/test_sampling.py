@@ -66,7 +66,8 @@ def test_an_interrupted_stream_is_kept(small_run, tmp_path, monkeypatch, capsys)
     ("--weights stage1/ema.safetensors --from-data", "name its folder"),
     ("--weights stage0 --from-data --chunk 2", "is a teacher"),
     ("--weights stage0 --from-data --steps 4 1", "is a teacher"),
-    ("--from-data --out file/x.gif", "cannot write")])
+    ("--from-data --out file/x.gif", "cannot write"),
+    ("--weights nowhere --out file/x.gif", "cannot write")])
 def test_bad_sampling_is_one_sentence(small_run, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     for name in ("stage0", "stage1"):

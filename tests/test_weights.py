@@ -8,6 +8,7 @@ import re
 import shutil
 import weakref
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ import sample
 import train
 from experiments import evaluate
 from scale import encode, parallel, serve, wan
-from scale.run import network_config
+from scale.clips import StepClips
+from scale.run import Batch, network_config
 from tests.common import (WAN, inputs, largest_difference, network, relative, several_processes,
                           small_config, small_vae_and_text_encoder, tiny, weights, write_official)
 from utils import layouts, media, runs
@@ -667,6 +669,36 @@ def test_a_student_without_a_name_is_not_the_teacher(tmp_path, capfd):
     assert "bare.pt is the teacher in" in capfd.readouterr().err
     train.main(flags)
     assert "goes on as a student with --chunk" in capfd.readouterr().out
+    (tmp_path / "config.json").write_text('{"num_heads": 2, "text_len": 4}')
+    stream = ["--student", "causvid", "--wan"]
+    with pytest.raises(UsageError, match="bare.pt is Wan's own network"):
+        serve.chosen_stage(args_for("--weights", tmp_path / "bare.pt", *stream, tmp_path / "wan"))
+    serve.chosen_stage(args_for("--weights", tmp_path / "bare.pt", *stream, tmp_path / "data"))
+
+
+class Somewhere:
+    """As much of a tensor as is needed to see where it is."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def to(self, device):
+        return self if device == self.device else Somewhere(device)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_clips_of_a_step_wait_in_host_memory(offload):
+    """With --offload; and what was one tensor stays one, or the memory would be held twice."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    clips = StepClips(SimpleNamespace(device=gpu, cfg=SimpleNamespace(offload=offload)))
+    x, text, clip = Somewhere(gpu), Somewhere(gpu), Somewhere(gpu)
+    clips.append(Batch([0, 1], x, text, None, real=(x, text)), clip)
+    clips.append(Batch([0, 1], x, text, None, real=(Somewhere(gpu), text)), clip)
+    for pairs, place in ((clips.held, cpu if offload else gpu), (list(clips), gpu)):
+        for batch, clip in pairs:
+            assert {t.device for t in (batch.x0, batch.text, *batch.real, clip)} == {place}
+            assert batch.real[1] is batch.text
+        assert [batch.real[0] is batch.x0 for batch, _ in pairs] == [True, False]
 
 
 @pytest.mark.slow
@@ -829,7 +861,7 @@ def companions(tmp_path_factory):
 
 
 @torch.no_grad()
-def test_both_layouts_encode_as_the_libraries_do(companions, capsys, monkeypatch):
+def test_both_layouts_encode_as_the_libraries_do(companions, tmp_path, capsys, monkeypatch):
     """From the root and from the parts: diffusers' and transformers' own answers."""
     import diffusers
     import transformers
@@ -849,6 +881,11 @@ def test_both_layouts_encode_as_the_libraries_do(companions, capsys, monkeypatch
                         ("o/models_t5_umt5-xxl-enc-bf16.pth", 2e-2)):
         text = wan.CaptionEncoder(companions / path).encode("red disc")
         assert relative(text, expected) < error, path
+    small = tmp_path / "fp8"
+    shutil.copytree(companions / "d", small, ignore=shutil.ignore_patterns("transformer", "vae"))
+    file = next((small / "text_encoder").glob("*.safetensors"))
+    save_file({k: t.to(torch.float8_e4m3fn) for k, t in load_file(file).items()}, file)
+    assert relative(wan.CaptionEncoder(small).encode("red disc"), expected) < 0.2
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "__len__", lambda _: 1)
     with pytest.raises(UsageError, match="knows 1 tokens and .* 4: it is another text encoder's"):
         wan.CaptionEncoder(companions / "d")
@@ -871,6 +908,7 @@ def changed(path, folder, name, change):
 
 
 CHANGES = {"lacks": lambda t: t.pop(min(t)), "has unknown": lambda t: t.update(a=torch.ones(1)),
+           "is all zero, so the file": lambda t: max(t.values(), key=torch.numel).zero_(),
            "has another shape of": lambda t: t.update({min(t): t[min(t)].flatten()[:1]})}
 
 

@@ -65,6 +65,10 @@ def videos_in(folder):
     found = sorted(p for p in folder.iterdir() if is_video(p))
     known = set(found)
     folders = [p for p in folder.iterdir() if p.is_dir() and not hidden(p) and p not in known]
+    names = {p.stem for p in found if p.is_file()}
+    drawn = [p for p in found if p.is_dir() and names]
+    pictures_of = [p for p in drawn if names.issuperset(q.stem for q in image_files(p))]
+    found = [p for p in found if p not in pictures_of]
     deeper = sorted(p for p in folders if video_files(p) or any(is_video(q) for q in p.iterdir()))
     pictures = sorted(p for p in folders if p not in deeper and image_files(p))
     if deeper and all(p.is_dir() for p in found):
@@ -77,10 +81,15 @@ def videos_in(folder):
     require(found, f"no videos in {folder}: put {endings} files or folders of images there")
     other = [p for p in folder.iterdir() if p.suffix.lower() in OTHER_VIDEOS and not hidden(p)]
     for left, why in ((deeper, "videos in deeper folders"),
+                      (pictures_of, "pictures with the names of the videos"),
                       (other, "videos of other kinds: convert them to mp4"),
                       (pictures, "pictures that are not numbered as the frames of a video")):
         if left:
             say_once(f"{folder}: not read are {some(left)} ({why})")
+    read = [p for p in drawn if p not in pictures_of]
+    if read:
+        say_once(f"{folder}: {some(read)}, beside the video files, are read as videos, a frame a "
+                 "picture")
     return found
 
 

@@ -47,6 +47,16 @@ def atomic_write(path):
             temporary.unlink(missing_ok=True)
 
 
+class Unwritten(Exception):
+    """Ends an atomic_write() without a file."""
+
+
+def check_writable(path):
+    """WriteError if a file of this name cannot be written."""
+    with contextlib.suppress(Unwritten), atomic_write(path):
+        raise Unwritten
+
+
 def read_text(path):
     """A UTF-8 text file, with or without a byte order mark; UsageError if it cannot be read."""
     require(Path(path).exists(), f"{path} does not exist: check the path")

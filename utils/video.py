@@ -212,7 +212,8 @@ def upright(frame, aspect):
 
 def iter_video(path, fps):
     """(pixels (H, W, 3) uint8, width of a pixel relative to its height) of the frames of a video
-    file, thinned to `fps` unless that is 0. If none are closer than 1 / fps, all stay.
+    file, thinned to `fps` unless that is 0. If none are closer than 1 / fps, all stay, and those
+    that last longer than the shortest are repeated.
 
     Raises UsageError for damage, HDR and transparency."""
     with contextlib.ExitStack() as stack:
@@ -221,12 +222,15 @@ def iter_video(path, fps):
             frames = gif_frames(path, stack)
         else:
             times, frames = file_times(path), file_frames(path, stack)
-        shortest = min(np.diff(times), default=0)
+        lasting = np.diff(times)
+        shortest, longest = min(lasting, default=0), max(lasting, default=0)
         if fps and shortest > 1 / fps + ROUNDING and first_process():
             print(f"{path}: {1 / shortest:.3g} frames a second, fewer than --fps {fps:g}: all are "
                   "kept, so it plays faster", file=sys.stderr)
         if fps and shortest < 1 / fps - ROUNDING:
             chosen = shown_at(frames, fps)
+        elif fps and longest > shortest + 2 * ROUNDING:  # motion keeps its rhythm
+            chosen = shown_at(frames, 1 / shortest)
         else:
             chosen = (frame for _, frame in frames)
         for pixels_of in chosen:

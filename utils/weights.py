@@ -209,6 +209,12 @@ def whole_parameter(param):
     return param, slice(None)
 
 
+def check_filled(name, tensor, where):
+    """UsageError for a matrix of zeros: what a download that ended early leaves."""
+    require(tensor.ndim < 2 or not tensor.numel() or tensor.any(), f"{where}: {name} is all zero, "
+            "so the file is not whole: download it again")
+
+
 def load_into(net, weights, where, local_shard=whole_parameter):
     """Fill a network strictly, one tensor at a time; returns it.
 
@@ -221,8 +227,6 @@ def load_into(net, weights, where, local_shard=whole_parameter):
             target, rows = local_shard(param)
             if target.numel():
                 target.copy_(weights[name][rows])
-            # what a download that ended early leaves; a new network's last layer is zero
-            empty = target.ndim > 1 and "head.head" not in name and not target.any()
-            require(not empty or not target.numel(), f"{where}: {name} is all zero, so the file is "
-                    "not whole: download it again")
+            if "head.head" not in name:  # a new network's last layer is zero
+                check_filled(name, target, where)
     return net
