@@ -119,6 +119,7 @@ STARTS = [  # the rows of the family that others start from
     # the teacher continues chunks of three frames, so a frame at a time is learnt from whole clips
     Row("stage 1, frame by frame", "stage1-frame", "--chunk 1 --ode-context clean", "stage0"),
 ]
+FRAMES = "--chunk 1 --grad-chunks 7 --no-cache-grad"  # with that gradient it collapses
 FAMILY = [
     *RECIPE, *STARTS,
     Row("stage 1, consistency", "stage1-consistency", "--recipe consistency", "stage0"),
@@ -131,9 +132,11 @@ FAMILY = [
     *relative("one-forcing", (4, 1)),
     *relative("one-forcing", (4, 1), after="stage1-clean", tag="one-forcing-clean",
               flags="--init {out}/stage1-clean", name="one-forcing, start of whole clips"),
+    *relative("one-forcing", (4, 1), tag="one-forcing-frame-chunks", flags=FRAMES,
+              name="one-forcing, frame by frame"),
     *relative("one-forcing", (4, 1), after="stage1-frame", tag="one-forcing-frame",
-              flags="--init {out}/stage1-frame --chunk 1 --grad-chunks 7 --no-cache-grad",
-              name="one-forcing, frame by frame, no gradient through the cache"),
+              flags=f"--init {{out}}/stage1-frame {FRAMES}",
+              name="one-forcing, frame by frame, start frame by frame"),
     *relative("asd", (1,), (2,), *FIRST), *relative("diagonal", (1,)),
     *relative("no-context", name="no context pass, stage 2"),
     *relative("no-context", stage=3, after="stage2-no-context", name="no context pass, stage 3"),
