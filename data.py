@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from utils.captions import captions_in, videos_in
 from utils.errors import friendly_errors, require
-from utils.files import check_whole, clips_in, read_clip, read_finite, read_tensors, save_tensors
+from utils.files import check_whole, clips_in, read_clip, read_negative, read_tensors, save_tensors
 from utils.media import IMAGE_ENDINGS, read_video, write_sheet
 from utils.settings import Parser
 
@@ -248,8 +248,7 @@ class LatentFolder:
         self.paths, self.frames = check_whole(clips_in(folder)), frames
         self.only_text = read_tensors(self.paths[0]).keys() == {"text"}
         self.network = None  # the Config that every clip has to fit, see scale/clips.py
-        negative = Path(folder) / "negative" / "text.safetensors"
-        self.negative = read_finite(negative)["text"].float() if negative.is_file() else None
+        self.negative = read_negative(self.paths[0])
 
     def batch(self, clip_ids):
         """Clip i is a file, drawn by a generator seeded with i."""
@@ -382,8 +381,8 @@ class PatchCodec:
             return None
         tensors = read_tensors(path)
         names = ("mean", "basis", "scale", "kernel")
-        require(tensors.keys() == {"patch", *names}, f"{path} holds no codec: train the stage "
-                "again, or copy the file from another stage of the run")
+        require(tensors.keys() == {"patch", *names} and tensors["scale"].all(), f"{path} holds no "
+                "codec: train the stage again, or copy the file from another stage of the run")
         return cls(int(tensors["patch"]), *(tensors[name] for name in names))
 
 

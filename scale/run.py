@@ -22,8 +22,8 @@ from scale.parallel import allocate, full_tensor, local_shard, say, shard, world
 from scale.state import init_optimizer_state
 from utils.errors import UsageError, require
 from utils.files import check_whole, clips_in, read_finite, read_tensors
-from utils.runs import (read_settings, saved_states, stage_dir, start_from, starts_from_weights,
-                        steps_before, trajectory_dirs)
+from utils.runs import (check_codec, read_settings, saved_states, stage_dir, start_from,
+                        starts_from_weights, steps_before, trajectory_dirs)
 from utils.settings import as_words, flag, peak_memory
 from utils.weights import load_into, open_weights, same_network
 
@@ -310,6 +310,7 @@ def checkpoint_of(cfg, path):
     if weights is not None:
         return weights, None
     codec = PatchCodec.load(Path(path) / "codec.safetensors")
+    check_codec(path, settings)
     return open_weights(Path(path) / "ema.safetensors"), codec
 
 

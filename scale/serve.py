@@ -15,7 +15,7 @@ from model import PRESETS, Config, build
 from utils.errors import UsageError, check_device, require
 from utils.files import check_writable, read_finite
 from utils.media import FFMPEG, parse_size, read_image
-from utils.runs import newest_stage, read_settings
+from utils.runs import check_codec, newest_stage, read_settings
 from utils.settings import Parser, cuda_or_cpu, flag
 from utils.weights import check_names, open_weights, same_network
 
@@ -103,6 +103,8 @@ def arguments(argv, description):
     require(not (args.text and begins), "--text is one embedded prompt: for --prompt-at name "
             "the text encoder and --prompt in its place")
     args.prompt_at = list(zip(begins, [text for _, text in args.prompt_at]))
+    for _, words in args.prompt_at:
+        check_text(words, "--prompt-at")
     check_writable(args.out)  # before minutes of loading
     return args
 
@@ -120,6 +122,8 @@ def check_stream_flags(args):
     require(falling and times[0] <= 1, f"--times {' '.join(map(str, times))} does not work: give "
             "noise levels that fall, from 1 to above 0")
     require(not (args.times and args.steps), "--times are the passes of a chunk: leave out --steps")
+    for name in ("prompt", "negative"):
+        check_text(getattr(args, name) or "", flag(name))
     named = [name for name in ("weights", "teacher") if getattr(args, name)]
     require(len(named) < 2, "--weights names a student, --teacher a teacher: leave one out")
     require(not args.text or args.prompt is None and args.negative is None, "--text is an embedded "
@@ -131,6 +135,15 @@ def check_stream_flags(args):
         check_device(args.text_device, "--text-device")
     if args.image:  # before minutes of loading
         read_images(args.image, parse_size(args.size or "16x16"))
+
+
+def check_text(words, name):
+    """UsageError for what was typed in another encoding than UTF-8."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{name} {words[:40]!r} is no text in UTF-8: type it again, or set the "
+                         "terminal to UTF-8") from None
 
 
 def read_images(paths, size):
@@ -173,6 +186,7 @@ def open_stage(folder, preset=None):
         require(not preset, f"{folder} knows its shape: leave out --preset")
         weights = open_weights(folder / "ema.safetensors")
         codec = PatchCodec.load(folder / "codec.safetensors")
+        check_codec(folder, settings)
     with torch.device("meta"):
         net = build(Config(**{field.name: settings[field.name] for field in fields(Config)}))
     check_names(net, weights, weights.where)
@@ -258,10 +272,13 @@ def inputs(args, codec, settings, where):
     d) or None) of --futures equal rows. All captions are encoded, then the text encoder is freed.
 
     text: (b, l, d), or with --prompt-at a callable for rollout(), latent frame -> (b, l, d)."""
-    latent = codec is None
+    latent, last = codec is None, max((frame for frame, _ in args.prompt_at), default=0)
     codec, first, encode, caption = one_input(args, codec, settings, where)
     number = args.futures or 1
     first = first.expand(number, -1, -1, -1, -1)
+    number_of_frames = args.frames or 1 + codec.ratio * (settings["frames"] - 1)
+    require(last < number_of_frames, f"--prompt-at {last} is behind the end of {number_of_frames} "
+            "frames: raise --frames, or leave it out")
     begins = [math.ceil((frame - 1) / codec.ratio) + 1 if frame else 0
               for frame, _ in args.prompt_at]
     captions = [caption, *(words for _, words in args.prompt_at)]

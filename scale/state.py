@@ -11,8 +11,9 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      get_state_dict, set_state_dict)
 
 from discriminator import has_heads
+from scale.parallel import on_rank0
 from utils.errors import UsageError, require
-from utils.files import save_tensors
+from utils.files import first_non_finite, save_tensors
 from utils.runs import saved_states
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves states too
@@ -116,6 +117,9 @@ def export(run):
             if has_heads(run.cfg, name):  # a fake score that is a discriminator too: without heads
                 tensors = {key.removeprefix("backbone."): x for key, x in tensors.items()
                            if key.startswith("backbone.")}
+            bad = on_rank0(first_non_finite, tensors)
+            require(bad is None, f"stage {run.cfg.stage} has made the {name}'s {bad} not finite "
+                    "(NaN): start again with a lower --lr, and another --tag or --no-resume")
             if run.is_main:
                 save_tensors(run.dir / f"{file}.safetensors", tensors)
     if run.is_main and run.codec:

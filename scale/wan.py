@@ -15,7 +15,7 @@ import torch
 from utils.errors import UsageError, first_line, require
 from utils.files import read_json
 from utils.layouts import listed, transformers_name
-from utils.weights import (Weights, check_filled, check_names, dtype_of, open_tensors, shape_of)
+from utils.weights import (Weights, check_names, check_sound, dtype_of, open_tensors, shape_of)
 
 NEGATIVE = (  # Wan's own negative prompt
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -24,7 +24,7 @@ NEGATIVE = (  # Wan's own negative prompt
 
 
 @contextlib.contextmanager
-def loading(path):
+def loading(path, remedy="compare its config.json with the published one"):
     """One sentence for what can go wrong while a published model is made from its settings."""
     try:
         yield
@@ -32,9 +32,16 @@ def loading(path):
         raise
     except ImportError as error:
         raise UsageError(f"{error}: pip install -r requirements-wan.txt") from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UsageError(f"the model in {path} cannot be loaded ({first_line(error)}): compare its "
-                         "config.json with the published one") from None
+    except Exception as error:  # each library has its own
+        raise UsageError(f"the model in {path} cannot be loaded ({first_line(error)}): "
+                         f"{remedy}") from None
+
+
+def settings_in(config):
+    """What a config.json says; UsageError if it is no object."""
+    settings = read_json(config)
+    require(isinstance(settings, dict), f"{config} holds no settings: download it again")
+    return settings
 
 
 def whole(weight):
@@ -49,7 +56,7 @@ def fill(model, tensors, where, dtype=None):
                 "config.json with the published one")
     tensors = {name: whole(weight).to(dtype) for name, weight in tensors.items()}
     for name, tensor in tensors.items():
-        check_filled(name, tensor, where)
+        check_sound(name, tensor, where)
     first = {}  # the first name of every parameter, for one of transformers' has two
     for name, p in model.named_parameters(remove_duplicate=False):
         first.setdefault(p, name)
@@ -89,7 +96,7 @@ def find_vae(path):
                 "download, or Wan2.1_VAE.pth of the official one")
     else:
         config = path.parent / "config.json"
-    settings = read_json(config) if config.is_file() else {}
+    settings = settings_in(config) if config.is_file() else {}
     kind = settings.get("_class_name", "AutoencoderKLWan")
     if path.is_file() and kind != "AutoencoderKLWan":  # beside the network's config.json
         return path, None
@@ -132,6 +139,9 @@ class WanCodec:
             with torch.device("meta"):
                 vae = AutoencoderKLWan.from_config(settings)
             vae = fill(vae, tensors, where, torch.float32)
+            require(len(vae.config.latents_mean) == len(vae.config.latents_std)
+                    == vae.config.z_dim, f"{where} has {vae.config.z_dim} channels, its config.json"
+                    " mean and std of another number: compare it with the published one")
         self.vae, self.channels = vae.to(device), vae.config.z_dim
         self.mean = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)
@@ -181,7 +191,7 @@ def find_text_encoder(path):
     if path.is_dir():
         require(config.is_file(), f"{path} holds no text encoder: name the folder text_encoder of "
                 "a -Diffusers download, or models_t5_umt5-xxl-enc-bf16.pth of the official one")
-        settings = read_json(config)
+        settings = settings_in(config)
         kind = settings.get("model_type")
         require(kind == "umt5", f"{path} holds {kind or settings.get('_class_name')}, and Wan's "
                 "text encoder is UMT5: name the folder text_encoder of a -Diffusers download")
@@ -250,10 +260,10 @@ class CaptionEncoder:
             small = any(dtype_of(weight).startswith("float8") for weight in tensors.values())
             half = device == "cuda" or small  # no CPU computes in float8
             model = fill(model, tensors, where, torch.bfloat16 if half else None)
-        with loading(tokenizer):
+        with loading(tokenizer, "download the tokenizer again"):
             self.tokens = AutoTokenizer.from_pretrained(tokenizer)
         known, words = len(self.tokens), config.vocab_size
-        require(words / 2 < known <= words, f"{tokenizer} knows {known:,} tokens and {where} "
+        require(0.99 * words < known <= words, f"{tokenizer} knows {known:,} tokens and {where} "
                 f"{words:,}: it is another text encoder's, use google/umt5-xxl")
         self.model = model.to(device)
         self.length, self.device, self.warned = length, device, False

@@ -277,6 +277,7 @@ def test_several_processes_in_half_precision(small_run, tmp_path, stage, more):
     ("--betas 0.5", "two numbers"),
     ("--window 0", "--window 0 does not work"),
     ("--shift nan", "--shift nan does not work"),
+    ("--lr inf", "--lr inf does not work: it has to be at least 0, and finite"),
     ("--freq-dim 63", "must be even"),
     ("--in-dim 100 --out-dim 100", "has only 48 components"),
     ("--ode-point-weights 0 0 0 0 0", "from 0 up"),
@@ -731,6 +732,28 @@ def test_the_last_two_states_are_kept(tmp_path):
     for run.step in (1, 2, 3):
         state.save_state(run)
     assert [path.name for path in runs.saved_states(tmp_path)] == ["step-0000003", "step-0000002"]
+
+
+def test_a_state_or_a_log_that_was_damaged_is_passed_over(tmp_path):
+    (tmp_path / "state/step-9999999").mkdir(parents=True)
+    assert not runs.saved_states(tmp_path)
+    rows = [{"step": n, "minutes": 0.1 * n, "loss": 1.0} for n in range(1, 6)]
+    lines = [json.dumps(row).encode() for row in rows]
+    lines[1] += lines[2]  # run into one
+    del lines[2]
+    lines += [b"\0\0{", b"\xff", b"3", b'{"loss": 1}']
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines))
+    assert [row["step"] for row in runs.read_log(tmp_path, 4)] == [1, 4]
+
+
+def test_a_network_of_nan_is_not_exported(tmp_path):
+    """Skipped updates may be too few to stop a short stage."""
+    run = plan.Rehearsal(small_config(1))
+    run.dir, run.is_main, run.codec = tmp_path, True, None
+    next(run.nets["student"].parameters()).data.fill_(torch.nan)
+    with pytest.raises(UsageError, match="has made the student's .* not finite .*lower --lr"):
+        state.export(run)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_optimizer_has_its_own_betas():

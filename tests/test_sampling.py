@@ -67,12 +67,18 @@ def test_an_interrupted_stream_is_kept(small_run, tmp_path, monkeypatch, capsys)
     ("--weights stage0 --from-data --chunk 2", "is a teacher"),
     ("--weights stage0 --from-data --steps 4 1", "is a teacher"),
     ("--from-data --out file/x.gif", "cannot write"),
-    ("--weights nowhere --out file/x.gif", "cannot write")])
+    ("--weights nowhere --out file/x.gif", "cannot write"),
+    ("--from-data --frames 7 --prompt-at 7 blue", "--prompt-at 7 is behind the end of 7 frames"),
+    ("--from-data --prompt red\udcff", "is no text in UTF-8"),
+    ("--from-data --prompt-at 4 red\udcff", "is no text in UTF-8"),
+    ("--weights bare --from-data", "bare has lost its codec.safetensors")])
 def test_bad_sampling_is_one_sentence(small_run, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     for name in ("stage0", "stage1"):
         (tmp_path / name).symlink_to(small_run / name)
     (tmp_path / "file").touch()
+    without = shutil.ignore_patterns("codec*")
+    shutil.copytree(small_run / "stage1", tmp_path / "bare", ignore=without)
     with pytest.raises(SystemExit) as stop, friendly_errors():
         sample.main([*(() if "--weights" in flags else ("--weights", str(small_run / "stage1"))),
                      *flags.split()])
@@ -158,7 +164,7 @@ def test_frames_that_are_not_finite_are_no_video(small_run, tmp_path):
     """A network whose weights are damaged: one sentence, and no file."""
     shutil.copytree(small_run / "stage3", tmp_path / "stage3")
     weights = load_file(tmp_path / "stage3" / "ema.safetensors")
-    weights["head.head.bias"][0] = torch.nan
+    weights["head.head.bias"][0] = 3e38  # finite, but not what comes of it
     save_file(weights, tmp_path / "stage3" / "ema.safetensors")
     out = tmp_path / "a.mp4"
     with pytest.raises(UsageError, match="stage3 gives frames that are not finite"):

@@ -140,6 +140,8 @@ def test_clips_that_changed_since_a_stage_began_are_said(tmp_path, capsys):
     cfg = small_config(0, "--data", tmp_path, "--out", tmp_path.parent / "changed")
     runs.init_stage_dir(cfg, False)
     (runs.stage_dir(cfg) / "metrics.json").write_text("{}")
+    assert runs.decide_resume(cfg, train.TrainConfig()) == "train"  # its weights are gone
+    (runs.stage_dir(cfg) / "ema.safetensors").touch()
     assert runs.decide_resume(cfg, train.TrainConfig()) == "keep"
     assert "are not those" not in capsys.readouterr().err
     (tmp_path / "b.gif").unlink()

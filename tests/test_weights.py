@@ -26,7 +26,7 @@ from tests.common import (WAN, inputs, largest_difference, network, relative, se
 from utils import layouts, media, runs
 from utils.errors import UsageError, friendly_errors
 from utils.settings import check_compiler, inferred_preset
-from utils.weights import load_into, open_tensors, open_weights
+from utils.weights import load_into, open_tensors, open_weights, state_dict_in
 
 PLAIN = tiny(precondition=False)
 CONFIG = {"_class_name": "WanModel", "model_type": "t2v", "num_heads": 2, "text_len": 4}
@@ -418,7 +418,7 @@ def test_other_kinds_are_named(tmp_path, change, message):
     ({"epoch": 3}, "holds no tensors"),
     ({"generator_lora": one("q.lora_A.weight"), "critic_lora": one("q.lora_A.weight")}, "a LoRA"),
     ({"student": {"a": torch.zeros(1)}, "teacher": {"a": torch.zeros(1)}}, "holds 2 networks"),
-    ({"left": {"a": torch.zeros(1)}, "right": {"a": torch.zeros(1)}}, "several entries")])
+    ({"left": {"a": torch.zeros(1)}, "right": {"a": torch.zeros(1)}}, "has 2 entries")])
 def test_pt_files_without_weights_are_one_sentence(tmp_path, contents, message):
     torch.save(contents, tmp_path / "w.pt")
     with pytest.raises(UsageError, match=message):
@@ -432,6 +432,40 @@ def test_half_a_file_of_zeros_is_no_network():
     tensors["blocks.1.ffn.0.weight"] *= 0
     with pytest.raises(UsageError, match="here: blocks.1.ffn.0.weight is all zero, .* not whole"):
         load_into(M.build(PLAIN), tensors, "here")
+
+
+def test_weights_that_are_not_whole(tmp_path):
+    """Zeros at the end of a file, as a download leaves them; NaN; a file left by another download;
+    an entry that holds itself."""
+    folder = write_official(tmp_path / "wan", "single", network(PLAIN))
+    file = folder / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5000] + bytes(5000))
+    with pytest.raises(UsageError, match="ends in zeros, so it is not whole"):
+        open_weights(folder)
+    broken = tensors_of()
+    broken["head.modulation"][0, 0, 0] = torch.nan
+    with pytest.raises(UsageError, match="here: head.modulation is not finite"):
+        load_into(M.build(PLAIN), broken, "here")
+    sharded = write_official(tmp_path / "sharded", "sharded", network(PLAIN))
+    first = load_file(sharded / "part-1-of-3.safetensors")
+    save_file({**load_file(sharded / "part-2-of-3.safetensors"), min(first): first[min(first)]},
+              sharded / "part-2-of-3.safetensors")
+    with pytest.raises(UsageError, match=f"holds {min(first)}, and so does another file"):
+        open_weights(sharded)
+    circle = {}
+    circle["model"] = circle
+    with pytest.raises(UsageError, match="holds no tensors"):
+        state_dict_in(circle, "w.pt")
+
+
+@pytest.mark.parametrize("config", [
+    {"num_heads": 3}, {"num_heads": -2}, {"num_heads": 2.0}, {"text_len": "4"}, {"text_len": 0}])
+def test_a_config_of_other_weights_is_refused(tmp_path, config):
+    folder = write_official(tmp_path / "wan", "single", network(PLAIN))
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    with pytest.raises(UsageError, match="do not fit a width of 32: it belongs to others"):
+        open_weights(folder)
 
 
 def test_missing_and_foreign_names_are_both_shown():
@@ -886,9 +920,10 @@ def test_both_layouts_encode_as_the_libraries_do(companions, tmp_path, capsys, m
     file = next((small / "text_encoder").glob("*.safetensors"))
     save_file({k: t.to(torch.float8_e4m3fn) for k, t in load_file(file).items()}, file)
     assert relative(wan.CaptionEncoder(small).encode("red disc"), expected) < 0.2
-    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "__len__", lambda _: 1)
-    with pytest.raises(UsageError, match="knows 1 tokens and .* 4: it is another text encoder's"):
-        wan.CaptionEncoder(companions / "d")
+    for known in (1, 3, 5):
+        monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "__len__", lambda _: known)
+        with pytest.raises(UsageError, match=f"knows {known} tokens and .* 4: it is another text"):
+            wan.CaptionEncoder(companions / "d")
     monkeypatch.undo()
     short = wan.CaptionEncoder(companions / "d", length=2)
     assert short.encode("red red disc").shape == short.encode("red disc red").shape == (2, 8)
@@ -933,6 +968,13 @@ def test_wrong_companions_are_named(companions, tmp_path):
     newer = tmp_path / "newer"
     shutil.copytree(companions / "d/vae", newer)
     config = json.loads((newer / "config.json").read_text())
+    listed, short, cut = (tmp_path / name for name in ("listed", "short", "cut"))
+    for copy in (listed, short):
+        shutil.copytree(companions / "d/vae", copy)
+    (listed / "config.json").write_text("[]")
+    (short / "config.json").write_text(json.dumps({**config, "latents_mean": [0.1]}))
+    shutil.copytree(companions / "d", cut, ignore=shutil.ignore_patterns("vae", "transformer"))
+    (cut / "tokenizer/tokenizer.json").write_text("{")
     (newer / "config.json").write_text(json.dumps({**config, "is_residual": True}))
     for load, path, message in (
             (wan.WanCodec, root, "holds WanModel, which is no VAE"),
@@ -941,6 +983,9 @@ def test_wrong_companions_are_named(companions, tmp_path):
             (wan.WanCodec, tmp_path / "odd.safetensors", "holds no VAE: its names are a"),
             (wan.WanCodec, tmp_path / "none", "does not exist"),
             (wan.WanCodec, newer, "is Wan 2.2's VAE"),
+            (wan.WanCodec, listed, "config.json holds no settings"),
+            (wan.WanCodec, short, "mean and std of another number"),
+            (wan.CaptionEncoder, cut, "download the tokenizer again"),
             (wan.CaptionEncoder, tmp_path / "t5", "holds t5, and Wan's text encoder is UMT5"),
             (wan.CaptionEncoder, companions / "d/vae", "holds AutoencoderKLWan, and Wan's"),
             (wan.CaptionEncoder, bare, "has no tokenizer: put the folder tokenizer"),

@@ -244,9 +244,14 @@ def shape_from(weights, shape_of, config):
     The heads of all of Wan's networks are 128 wide."""
     dim, channels, _, patch, _ = shape_of("patch_embedding.weight")
     layers = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
+    heads, length = config.get("num_heads"), config.get("text_len", 512)
+    heads = heads or config.get("num_attention_heads") or dim // 128
+    fits = type(heads) is int and heads >= 0 and (not heads or dim % (2 * heads) == 0)
+    require(fits and type(length) is int and length > 0, f"the config.json beside the weights says "
+            f"{heads!r} heads and {length!r} tokens of text, which do not fit a width of {dim}: it "
+            "belongs to others, take it away")
     shape = dict(dim=dim, in_dim=channels, patch=patch, num_layers=max(layers, default=-1) + 1,
-                 num_heads=config.get("num_heads") or config.get("num_attention_heads")
-                 or dim // 128, text_len=config.get("text_len", 512))
+                 num_heads=heads, text_len=length)
     for field, name, axis in (("ffn_dim", "blocks.0.ffn.0.weight", 0),
                               ("freq_dim", "time_embedding.0.weight", 1),
                               ("text_dim", "text_embedding.0.weight", 1)):

@@ -148,9 +148,17 @@ def locked(folder):
 
 # ---------------------------------------------------------------- go on, keep, or start again
 
+def check_codec(folder, settings):
+    """UsageError if a stage of the toy world has lost its codec; one of latents has none."""
+    there = (Path(folder) / "codec.safetensors").is_file()
+    require(there or settings.get("data"), f"{folder} has lost its codec.safetensors: copy that of "
+            "another stage of the run, or train it again with --no-resume")
+
+
 def saved_states(folder):
     """The complete saved states of a stage, newest first."""
-    return sorted((folder / "state").glob("step-*"), reverse=True)
+    found = (path.parent for path in (folder / "state").glob("step-*/.metadata"))
+    return sorted(found, reverse=True)
 
 
 def same_setting(name, old, new):
@@ -195,7 +203,8 @@ def decide_resume(cfg, defaults):
         print(f"the files in {cfg.data} are not those that {folder} was begun with: clips have "
               "other numbers now, and what is finished has not seen the change (--no-resume trains "
               "it again)", file=sys.stderr)
-    return "keep" if (folder / "metrics.json").is_file() else "train"
+    made = all((folder / name).is_file() for name in ("metrics.json", "ema.safetensors"))
+    return "keep" if made else "train"
 
 
 def data_files(cfg):
@@ -220,14 +229,23 @@ def init_stage_dir(cfg, anew):
 
 
 def read_log(folder, steps):
-    """The first `steps` rows of a stage's log.jsonl; a killed run may leave a broken last one."""
+    """The first `steps` rows of a stage's log.jsonl, without those that a killed run or a damaged
+    disk has left broken."""
     path = folder / "log.jsonl"
     if not steps or not path.is_file():
         return []
-    rows = [json.loads(line) for line in path.read_text().splitlines()[:steps]
-            if line.endswith("}")]
+    rows = map(row_in, path.read_text(errors="replace").splitlines())
     return [{name: math.nan if value is None else value for name, value in row.items()}
-            for row in rows]
+            for row in rows if row and row["step"] <= steps]
+
+
+def row_in(line):
+    """The row that a line of the log holds, or None."""
+    try:
+        row = json.loads(line)
+        return row if isinstance(row, dict) and row["step"] + row["minutes"] >= 0 else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def as_line(row):

@@ -294,8 +294,9 @@ def validate(cfg):
     for least, most, words, names in LIMITS:
         for name in names.split():
             value = getattr(cfg, name)
-            require(least <= value <= most, f"{flag(name)} {value} does not work: it has to be "
-                    f"{words}")
+            finite = abs(value) < INF or name == "grad_clip"  # which may be off
+            require(least <= value <= most and finite, f"{flag(name)} {value} does not work: it "
+                    f"has to be {words}{'' if finite else ', and finite'}")
     check_stream(cfg)
     check_choice("dtype", cfg.dtype, ("bfloat16", "float32"))
     check_choice("gan_loss", cfg.gan_loss, tuple(GAN_LOSSES))

@@ -36,6 +36,7 @@ class Weights(dict):
                 f"{' and '.join(kinds)}, from {self.source or self.where}")
 
 
+TAIL = 4096  # bytes: no file of weights ends in so many zeros
 KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
          "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # safetensors' words for dtypes
 
@@ -71,7 +72,7 @@ def load_pickled(file):
 def state_dict_in(contents, file):
     """(name of the entry, state dict) in the contents of a .pt file, however deep it lies."""
     path = []
-    while isinstance(contents, dict):
+    while isinstance(contents, dict) and len(path) < 10:  # an entry may hold itself
         inner = [name for name, value in contents.items() if isinstance(value, dict) and value]
         known = [name for name in NESTED if name in inner] or [
             name for name in inner if "lora" in str(name)][:1]  # refused below, by its kind
@@ -80,8 +81,9 @@ def state_dict_in(contents, file):
         tensors = {str(k): v for k, v in contents.items() if isinstance(v, torch.Tensor)}
         if tensors and not known:
             return "/".join(path), tensors
-        require(known or len(inner) < 2, f"{file} has several entries ({', '.join(map(str, inner))}"
-                "), and none is called generator, model or state_dict: save the weights alone")
+        require(known or len(inner) < 2, f"{file} has {len(inner)} entries ("
+                f"{', '.join(map(str, inner[:5]))}), and none is called generator, model or "
+                "state_dict: save the weights alone")
         if not inner:
             break
         path.append(str((known or inner)[0]))
@@ -108,6 +110,9 @@ def open_file(file):
             f"{file} is a .pt file under another name: rename it")
     if json or ending == ".safetensors":
         handle = safe_open(file, "pt")
+        with open(file, "rb") as f:  # what a download leaves that reserved its space
+            f.seek(max(0, file.stat().st_size - TAIL))
+            require(any(f.read()), f"{file} ends in zeros, so it is not whole: download it again")
         return "", {name: handle.get_slice(name) for name in handle.keys()}
     return state_dict_in(load_pickled(file), file)
 
@@ -122,6 +127,9 @@ def open_tensors(path, companions=False):
         files = files_of(path, companions)
         for file in files:
             entry, part = open_file(file)
+            twice = min(tensors.keys() & part.keys(), default="")
+            require(not twice, f"{file} holds {twice}, and so does another file there: remove the "
+                    "one that an earlier download has left")
             tensors |= part
     except UsageError:
         raise
@@ -209,10 +217,13 @@ def whole_parameter(param):
     return param, slice(None)
 
 
-def check_filled(name, tensor, where):
-    """UsageError for a matrix of zeros: what a download that ended early leaves."""
-    require(tensor.ndim < 2 or not tensor.numel() or tensor.any(), f"{where}: {name} is all zero, "
-            "so the file is not whole: download it again")
+def check_sound(name, tensor, where):
+    """UsageError for a matrix of zeros, which a download that ended early leaves, and for NaN."""
+    # a new network's last layer is zero
+    filled = tensor.ndim < 2 or not tensor.numel() or "head.head" in name or tensor.any()
+    require(filled, f"{where}: {name} is all zero, so the file is not whole: download it again")
+    require(tensor.isfinite().all(), f"{where}: {name} is not finite (NaN): download the file "
+            "again, or train the stage that made it again")
 
 
 def load_into(net, weights, where, local_shard=whole_parameter):
@@ -227,6 +238,5 @@ def load_into(net, weights, where, local_shard=whole_parameter):
             target, rows = local_shard(param)
             if target.numel():
                 target.copy_(weights[name][rows])
-            if "head.head" not in name:  # a new network's last layer is zero
-                check_filled(name, target, where)
+            check_sound(name, target, where)
     return net
