@@ -9,6 +9,8 @@ and `text` (up to 512, 4096). Captions alone (--prompts) are enough for stages 1
 call goes on where the first ended, and makes again what has another video or caption by now;
 unreadable and short videos are skipped and listed at the end.
 """
+import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -21,7 +23,8 @@ from tqdm import tqdm
 from scale.wan import CaptionEncoder, WanCodec, find_text_encoder, find_vae
 from utils.captions import captions_in, some, videos_in
 from utils.errors import UsageError, WriteError, check_device, friendly_errors, require
-from utils.files import clips_in, content_of, read_text, save_finite, write_json
+from utils.files import (check_writable, clips_in, content_of, read_text, save_finite, shapes_in,
+                         write_json)
 from utils.media import VIDEO_ENDINGS, iter_frames, parse_size
 from utils.settings import Parser, cuda_or_cpu
 
@@ -47,6 +50,7 @@ class Texts:
 
 
 LONGEST = 255 - len("-0000.safetensors")  # bytes of a video's name, or its clips have no name
+PIECE = 2 ** 26  # bytes: of a video that is no longer, all count when it is compared
 
 
 def clips_by_video(out):
@@ -64,8 +68,8 @@ def clip_file(out, name, n):
 
 
 def encode_video(path, caption, codec, words, size, args):
-    """The clips of one video, one file each; the rest at its end is dropped. UsageError if it is
-    shorter than a clip."""
+    """Write the clips of one video, one file each, and return how many; the rest at its end is
+    dropped. UsageError if it is shorter than a clip."""
     require(len(os.fsencode(path.name)) <= LONGEST, f"{path} has a name of more than {LONGEST} "
             "bytes: use a shorter one")
     require(path.name.encode("utf-8", "ignore").decode() == path.name, f"{path.name!a} is no name "
@@ -78,6 +82,31 @@ def encode_video(path, caption, codec, words, size, args):
         n += 1
         clip = list(itertools.islice(frames, args.frames))
     require(n, f"{path} is shorter than a clip of {args.frames} frames")
+    return n
+
+
+def contents(path):
+    """The names of a file's tensors; none if it is empty or cut off."""
+    try:
+        return shapes_in(path).keys()
+    except UsageError:
+        return set()
+
+
+@contextlib.contextmanager
+def locked(out):
+    """Hold --out for this call alone; UsageError if another one writes there, for each would take
+    the other's clips away. The lock ends with the process, however that ends."""
+    check_writable(out / ".lock")
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another scale.encode is writing to {out}: wait for it, or choose "
+                             "another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def read_marker(path):
@@ -89,32 +118,88 @@ def read_marker(path):
     return made if isinstance(made, dict) else {}
 
 
-def content_of_models(args):
-    """{what: fingerprint} of VAE and text encoder, the same whether a part is named or the download
-    that it lies in."""
-    vae, parts = args.vae, [args.text_encoder]
-    if Path(vae).exists():
-        vae = find_vae(vae)[0]
+def content_of_encoder(args):
+    """{what: fingerprint} of the text encoder, the same whether it is named or the download that it
+    lies in."""
+    parts = [args.text_encoder]
     if Path(args.text_encoder).exists():
         encoder, _, tokenizer = find_text_encoder(args.text_encoder)
         parts = [encoder] if encoder == tokenizer else [encoder, tokenizer]
-    return {"vae": content_of(vae), "text encoder": " ".join(map(content_of, parts))}
+    return {"text encoder": " ".join(map(content_of, parts))}
 
 
-def check_folder(args):
+def content_of_models(args):
+    """content_of_encoder(), and the same of the VAE."""
+    vae = find_vae(args.vae)[0] if Path(args.vae).exists() else args.vae
+    return {"vae": content_of(vae), **content_of_encoder(args)}
+
+
+def check_prompts(lines, args):
+    """What all captions of the folder have in common: the text encoder. UsageError if it holds
+    clips, captions of another encoder, or more than are written now."""
+    out, present = Path(args.out), clips_in(args.out)
+    clips = [path.name for path in present if contents(path) - {"text"}]
+    clips += [path.name for path in (out / "done").glob("*") if "video" in read_marker(path)]
+    require(not clips, f"{out} holds clips of videos ({some(clips)}): choose another --out for "
+            "captions alone")
+    require(len(present) <= len(lines), f"{out} holds {len(present)} files, {args.prompts} has "
+            f"{len(lines)} captions: choose another --out, or the others would be trained on too")
+    common = content_of_encoder(args)
+    made = {**common, **read_marker(out / "done" / "prompts")}  # an older version left no marker
+    require(made == common, f"{out} was made with another text encoder than {args.text_encoder}: "
+            "choose another --out")
+    return common
+
+
+def source_of(path):
+    """Where a video lies. Its folder is followed through links, the video itself is not: a link
+    that names another file by now is a video that has changed."""
+    return str(path.parent.resolve() / path.name)
+
+
+def check_sources(sources, args):
+    """UsageError if the folder holds clips of another video of the same name, which still lies in
+    another folder: they would be taken away. A folder of videos that was moved is the same."""
+    for path in sources:
+        made = read_marker(Path(args.out) / "done" / path.name)
+        before = str(made.get("source", ""))  # an older version did not write it down
+        elsewhere = before and before != source_of(path) and os.path.exists(before)
+        require(not elsewhere or content_of(path, PIECE) == made.get("video"), f"{args.out} holds "
+                f"clips of {before}, and {path} is another video of that name: choose another "
+                "--out, or rename one of the two")
+
+
+def check_folder(sources, args):
     """What all clips of the folder have in common: settings, VAE and text encoder, by their
-    content. UsageError if it holds clips that were made with others."""
+    content. UsageError if it holds clips that were made with others, clips of other videos of the
+    same names, or captions alone."""
+    alone = [path.name for path in clips_in(args.out) if contents(path) == {"text"}]
+    require(not alone, f"{args.out} holds captions alone ({some(alone)}): choose another --out for "
+            "clips of videos")
     common = {"settings": f"{args.size} {args.frames} frames {args.fps:g} fps",
               **content_of_models(args)}
     for marker in sorted((Path(args.out) / "done").glob("*")):
         made = read_marker(marker)
-        for name, value in common.items() if made else ():
+        for name, value in common.items() if "video" in made else ():
             before, now = made.get(name), value
             if name != "settings":
                 before, now = f"another {name} than {getattr(args, name.replace(' ', '_'))}", "this"
             require(made.get(name) == value, f"{args.out} was made with {before}, now it is {now}: "
                     "choose another --out")
+    check_sources(sources, args)
     return common
+
+
+def is_finished(made, origin, path, clips):
+    """Whether a video's marker says that it was made from just this, and whether all of its clips
+    are there and can be read."""
+    if "clips" in made:
+        names = {clip_file("", path.name, n).name for n in range(len(clips))}
+        counted = made["clips"] == len(clips) and names == {clip.name for clip in clips}
+    else:  # of an older version, which did not count, and looked at fewer bytes
+        origin, counted = {**origin, "video": content_of(path, 2 ** 16)}, True
+    same = all(made.get(name) == value for name, value in origin.items())
+    return bool(same and counted and clips) and all(map(contents, clips))
 
 
 def remove_video(out, name, clips):
@@ -131,14 +216,17 @@ def encode_videos(sources, size, words, common, args):
     before = clips_by_video(out)
     for path in tqdm(sources, unit="video"):
         caption, clips = captions.get(path.name, ""), before.get(path.name, [])
-        origin = {**common, "caption": caption, "video": content_of(path, 2 ** 16)}
-        made = read_marker(out / "done" / path.name)
-        if made == origin and clips:
+        origin = {**common, "caption": caption, "video": content_of(path, PIECE)}
+        marker, source = out / "done" / path.name, source_of(path)
+        made = read_marker(marker)
+        if is_finished(made, origin, path, clips):
+            if made.get("source", source) != source:  # it was moved
+                write_json(marker, {**made, "source": source})
             continue
         again += bool(made)
         remove_video(out, path.name, clips)
         try:
-            encode_video(path, caption, codec, words, size, args)
+            number = encode_video(path, caption, codec, words, size, args)
         except WriteError:
             raise
         except UsageError as error:
@@ -146,14 +234,15 @@ def encode_videos(sources, size, words, common, args):
             written = (clip_file(out, path.name, n) for n in itertools.count())
             remove_video(out, path.name, itertools.takewhile(os.path.exists, written))
             continue
-        write_json(out / "done" / path.name, origin)
+        write_json(marker, {**origin, "source": source, "clips": number})
     report(sources, skipped, again, args)
 
 
 def report(sources, skipped, again, args):
     """What the folder holds now. UsageError if that is nothing."""
     clips, total = clips_by_video(args.out), len(clips_in(args.out))
-    changed = f"; {again} videos were made again, their file or caption has changed"
+    changed = (f"; {again} videos were made again, their file or caption has changed, or clips of "
+               "theirs were lost")
     print(f"{total} clips in {args.out}{changed if again else ''}")
     for line in skipped:
         print(f"skipped: {line}")
@@ -203,9 +292,6 @@ def inputs(args):
     # a caption may hold U+2028 and the like, which str.splitlines() takes for the end of a line
     lines = [line for line in read_text(args.prompts).split("\n") if line.strip()]
     require(lines, f"{args.prompts} has no captions: write one a line")
-    present = len(clips_in(args.out))
-    require(present <= len(lines), f"{args.out} holds {present} files, {args.prompts} has "
-            f"{len(lines)} captions: choose another --out, or the others would be trained on too")
     return [], lines
 
 
@@ -233,14 +319,17 @@ def main(argv=None):
     """Encode a folder of videos, or a file of captions."""
     args = arguments(argv)
     size, (sources, lines) = parse_size(args.size), inputs(args)
-    common = check_folder(args) if sources else {}
-    words = Texts(CaptionEncoder(args.text_encoder, device=args.device))
-    encode_negative(words, args)
-    if lines:
-        encode_prompts(lines, words, args.out)
-    else:
-        encode_videos(sources, size, words, common, args)
-    words.report()
+    with locked(Path(args.out)):
+        common = check_folder(sources, args) if sources else check_prompts(lines, args)
+        words = Texts(CaptionEncoder(args.text_encoder, device=args.device))
+        if lines:  # before the first caption: an interrupted call goes on with this encoder alone
+            write_json(Path(args.out) / "done" / "prompts", common)
+        encode_negative(words, args)
+        if lines:
+            encode_prompts(lines, words, args.out)
+        else:
+            encode_videos(sources, size, words, common, args)
+        words.report()
 
 
 if __name__ == "__main__":

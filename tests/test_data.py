@@ -266,3 +266,30 @@ def test_captions_alone_and_clips_are_not_mixed(tmp_path):
     save_file({"text": text, "latents": torch.zeros(9, 4, 4, 6)}, tmp_path / "b.safetensors")
     with pytest.raises(UsageError, match="mixes clips with 1 captions alone"):
         data.LatentFolder(tmp_path, 9)
+
+
+def test_latents_of_two_sizes_are_named(tmp_path):
+    """Before training, for passes of one clip never compare two. Lengths may differ."""
+    for name, shape in (("a", (9, 4, 4, 6)), ("b", (11, 4, 4, 6)), ("c", (9, 4, 6, 4))):
+        save_file({"text": torch.zeros(2, 8), "latents": torch.zeros(shape)},
+                  tmp_path / f"{name}.safetensors")
+    with pytest.raises(UsageError, match="a.safetensors and .*c.safetensors differ in the shape"):
+        data.LatentFolder(tmp_path, 9)
+    (tmp_path / "c.safetensors").unlink()
+    assert len(data.LatentFolder(tmp_path, 9).paths) == 2
+
+
+@pytest.mark.parametrize("negative, message", [
+    ({"text": torch.zeros(3, 8)}, None), ({"words": torch.zeros(3, 8)}, "no embedded text"),
+    ({"text": torch.zeros(8)}, "no embedded text"),
+    ({"text": torch.zeros(3, 9)}, r"has text \(3, 9\), .*0.safetensors \(2, 8\), of another")])
+def test_a_negative_prompt_that_does_not_fit_is_said(tmp_path, negative, message):
+    (tmp_path / "negative").mkdir()
+    save_file({"text": torch.zeros(2, 8)}, tmp_path / "0.safetensors")
+    assert data.LatentFolder(tmp_path, 9).negative is None
+    save_file(negative, tmp_path / "negative" / "text.safetensors")
+    if message is None:
+        assert data.LatentFolder(tmp_path, 9).negative.shape == (3, 8)
+        return
+    with pytest.raises(UsageError, match=message):
+        data.LatentFolder(tmp_path, 9)

@@ -5,6 +5,7 @@ The models are stand-ins, a "video" is a file with the number of its frames."""
 from pathlib import Path
 from types import SimpleNamespace
 
+import json
 import os
 
 import pytest
@@ -74,6 +75,18 @@ def run(tmp_path, monkeypatch, capsys):
     return call
 
 
+@pytest.fixture
+def write(run, tmp_path):
+    """A function that encodes captions, by default into the folder where videos go."""
+    def call(*captions, out="out"):
+        (tmp_path / "prompts.txt").write_text("\n".join(captions))
+        encode.main(["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / out),
+                     "--text-encoder", str(tmp_path / "umt5")])
+        return [read_tensors(p)["text"][0, 0] for p in clips_in(tmp_path / out)]
+
+    return call
+
+
 def test_a_bad_video_leaves_the_clips_of_others(run, tmp_path):
     """`dog` is too short, and begins as dog-agility and dog-0000.mp4 do."""
     videos = {"dog.mp4": "3", "dog.mp4-agility.mp4": "10", "dog.mp4-0000.mp4": "5"}
@@ -109,6 +122,81 @@ def test_what_has_changed_is_made_again(run, tmp_path):
     (out / "a.mp4-0000.safetensors").unlink()
     (out / "a.mp4-0001.safetensors").unlink()  # lost with the marker still there
     assert len(run()[0]) == 2
+
+
+@pytest.mark.parametrize("damage, older", [
+    (lambda clip: clip.unlink(), False),
+    (lambda clip: clip.rename(clip.with_name("a.mp4-0007.safetensors")), False),
+    (lambda clip: clip.write_bytes(clip.read_bytes()[:-1]), False),
+    (lambda clip: clip.write_bytes(b""), True)])
+def test_a_clip_that_is_lost_or_cut_is_made_again(run, tmp_path, damage, older):
+    """One of three, at the end or in the middle; of an older version's folder what can be known."""
+    (tmp_path / "clips" / "a.mp4").write_text("15")
+    made = run()[0]
+    marker = tmp_path / "out" / "done" / "a.mp4"
+    for name in made[1:]:
+        if older:
+            as_of_an_older_version(marker, tmp_path / "clips" / "a.mp4")
+        assert run()[0] == []
+        damage(tmp_path / "out" / f"{name}.safetensors")
+        assert run()[0] == made and run()[0] == []
+    assert len(clips_in(tmp_path / "out")) == 3
+
+
+def as_of_an_older_version(marker, video):
+    """Leave in a marker what was written before clips were counted."""
+    made = json.loads(marker.read_text())
+    del made["clips"], made["source"]
+    marker.write_text(json.dumps({**made, "video": files.content_of(video, 2 ** 16)}))
+
+
+def test_a_video_that_changed_between_its_ends_is_made_again(run, tmp_path, monkeypatch):
+    """A megabyte, of which one byte between beginning and middle is another one by now."""
+    monkeypatch.setattr(encode, "iter_frames", lambda *_: iter(torch.zeros(5, 3, 16, 16)))
+    video, marker = tmp_path / "clips" / "a.mp4", tmp_path / "out" / "done" / "a.mp4"
+    video.write_bytes(bytes(MIB))
+    assert len(run()[0]) == 1
+    as_of_an_older_version(marker, video)
+    assert run()[0] == [] and "clips" not in json.loads(marker.read_text())  # it is accepted
+    marker.unlink()
+    assert len(run()[0]) == 1
+    video.write_bytes(bytes(MIB // 5) + bytes([1]) + bytes(MIB - MIB // 5 - 1))
+    assert len(run()[0]) == 1 and run()[0] == []
+
+
+def test_another_folders_video_of_the_same_name_is_refused(run, tmp_path):
+    """It would take the first one's clips away. Copied, moved or changed in place it is not."""
+    clips, other = tmp_path / "clips", tmp_path / "other"
+    other.mkdir()
+    (clips / "a.mp4").write_text("10")
+    for name in ("a.mp4", "b.mp4"):
+        (other / name).write_text("5")
+    assert run()[0] == ["a.mp4-0000", "a.mp4-0001"]
+    with pytest.raises(UsageError, match="a.mp4 is another video of that name: choose another --o"):
+        run("--videos", str(other))
+    assert len(clips_in(tmp_path / "out")) == 2
+    (other / "a.mp4").write_text("10")
+    assert run("--videos", str(other))[0] == ["b.mp4-0000"]  # a copy
+    other.rename(tmp_path / "moved")
+    assert run("--videos", str(tmp_path / "moved"))[0] == []
+    (tmp_path / "moved" / "a.mp4").write_text("5")
+    assert run("--videos", str(tmp_path / "moved"))[0] == ["a.mp4-0000"]
+    (tmp_path / "moved" / "a.mp4").unlink()
+    assert len(run()[0]) == 2  # the old one is gone
+
+
+def test_two_calls_do_not_write_to_one_folder(run, tmp_path, monkeypatch):
+    """The second one begins while the first is in its first video."""
+    (tmp_path / "clips" / "a.mp4").write_text("5")
+
+    class Twice(Vae):
+        def encode(self, x):
+            with pytest.raises(UsageError, match="another scale.encode is writing to .*: wait"):
+                run("--fps", "3")
+            return super().encode(x)
+
+    monkeypatch.setattr(encode, "WanCodec", Twice)
+    assert run()[0] == ["a.mp4-0000"]
 
 
 @pytest.mark.parametrize("folder, message", [
@@ -218,6 +306,49 @@ def test_only_ends_of_lines_end_a_prompt(tmp_path):
     args = encode.arguments(["--prompts", str(tmp_path / "prompts.txt"), "--out",
                              str(tmp_path / "out"), "--text-encoder", "t", "--device", "cpu"])
     assert encode.inputs(args) == ([], texts)
+
+
+def test_captions_of_two_encoders_are_not_mixed(write, tmp_path, monkeypatch):
+    """Not in a folder that an interrupted call has left, either."""
+    encoder = tmp_path / "umt5" / "model.safetensors"
+    assert write("red", "disc") == [3, 4]
+    (tmp_path / "out" / "done" / "prompts").unlink()  # as an older version leaves it
+    assert write("red", "disc", "blue") == [3, 4, 4]
+    encoder.write_text("2")
+    with pytest.raises(UsageError, match="was made with another text encoder than .*: choose anot"):
+        write("red", "disc", "blue")
+    encode_negative = encode.encode_negative
+    monkeypatch.setattr(encode, "encode_negative", lambda *_: 1 / 0)  # stopped as it begins
+    with pytest.raises(ZeroDivisionError):
+        write("red", out="new")
+    monkeypatch.setattr(encode, "encode_negative", encode_negative)
+    assert write("red", out="new") == [3]
+    encoder.write_text("1")
+    with pytest.raises(UsageError, match="was made with another text encoder"):
+        write("red", out="new")
+
+
+def test_captions_alone_and_clips_have_folders_of_their_own(run, write, tmp_path):
+    """Whichever came first, and also where only a clip or only its marker is left."""
+    (tmp_path / "clips" / "prompts.mp4").write_text("5")
+    write("red", out="texts")
+    with pytest.raises(UsageError, match="texts holds captions alone .*: choose another --out"):
+        run("--out", str(tmp_path / "texts"))
+    run()
+    marker = tmp_path / "out" / "done" / "prompts.mp4"
+    for left in (marker, marker.rename(marker.with_name("prompts")), *clips_in(tmp_path / "out")):
+        with pytest.raises(UsageError, match="holds clips of videos .*: choose another --out"):
+            write("red", "disc")
+        left.unlink(missing_ok=True)
+    assert write("red", "disc") == [3, 4]
+
+
+@pytest.mark.parametrize("place", ["a.txt", "a.txt/b", "a.txt/b/c", "link"])
+def test_a_file_in_the_way_of_a_folder_is_said(tmp_path, place):
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UsageError, match="cannot write .* a part of the path is a file"):
+        files.check_writable(tmp_path / place / "x.mp4")
 
 
 def test_content_tells_files_and_folders_apart(tmp_path):

@@ -20,6 +20,7 @@ REMEDIES = {  # what stops a file from being written -> what helps
     errno.EPERM: "choose another place, or change its permissions",
     errno.EISDIR: "it is a folder, use another name",
     errno.ENOTDIR: "a part of the path is a file, choose another place",
+    errno.EEXIST: "a part of the path is a file or a broken link, choose another place",
 }
 
 
@@ -152,27 +153,54 @@ def save_tensors(path, tensors):
         temporary.chmod(mode)
 
 
+def shapes_in(path):
+    """{name: shape} of a safetensors file, by its header. UsageError if it is empty or cut off."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except Exception as error:  # safetensors raises its own types
+        raise UsageError(f"{path} is not a readable safetensors file ({first_line(error)}): "
+                         "remove it, and run the command that made it again") from None
+
+
 def check_whole(paths):
     """These safetensors files. UsageError if one is empty or cut off: by their headers, in the
     first process, before a clip is drawn in the middle of a training. Also if some are captions
-    alone and others clips, for the first decides how all are read."""
-    alone = []
+    alone and others clips, for the first decides how all are read, and if latents are of several
+    sizes, which passes of one clip each would not notice."""
+    alone, sizes = [], {}  # (c, h, w): the first file that has it
     for path in paths if first_process() else ():
-        try:
-            with safe_open(path, "pt") as file:
-                alone += [path] if set(file.keys()) == {"text"} else []
-        except Exception as error:  # safetensors raises its own types
-            raise UsageError(f"{path} is not a readable safetensors file ({first_line(error)}): "
-                             "remove it, and run the command that made it again") from None
+        shapes = shapes_in(path)
+        alone += [path] if shapes.keys() == {"text"} else []
+        if "latents" in shapes:
+            sizes.setdefault(shapes["latents"][1:], path)
+        require(len(sizes) < 2, f"{' and '.join(map(str, sizes.values()))} differ in the shape of "
+                f"their latents ({' and '.join(map(str, sizes))}): encode all clips with one "
+                "--size into a new folder")
     require(len(alone) in (0, len(paths)), f"{paths[0].parent if paths else ''} mixes clips with "
             f"{len(alone)} captions alone ({alone[0].name if alone else ''}): give each a folder "
             "of its own")
     return paths
 
 
+def read_negative(clip):
+    """The embedded negative prompt (l, d) beside an encoded clip, or None. UsageError if it holds
+    none, or one of another width than the clip's own text."""
+    path = Path(clip).parent / "negative" / "text.safetensors"
+    if not path.is_file():
+        return None
+    text, beside = read_finite(path).get("text"), shapes_in(clip).get("text", ())
+    again = "run python -m scale.encode with --negative again"
+    require(text is not None and text.ndim == 2, f"{path} holds no embedded text (l, d): {again}")
+    require(text.shape[1:] == beside[1:] or len(beside) != 2, f"{path} has text "
+            f"{tuple(text.shape)}, {clip} {beside}, of another text encoder: {again}")
+    return text.float()
+
+
 def content_of(path, piece=2 ** 20):
     """A short text that changes with a file, or with the files of a folder and their names: their
-    sizes and their first, middle and last `piece` bytes. All of them would take hours to read."""
+    sizes and their first, middle and last `piece` bytes, which are all of a file that is no longer
+    than one piece. All bytes of large files would take hours to read."""
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():
         return ""
