@@ -70,6 +70,26 @@ def test_what_is_not_read_is_said(tmp_path, capsys, names):
     assert all(name in said for name in ("c.M4V", "deep", "stills"))
 
 
+@pytest.mark.parametrize("name, why", [
+    *((f"b.{ending}", "videos of other kinds: convert them to mp4")
+      for ending in ("Y4M", "vob", "asf", "m2v", "mxf", "f4v", "mpe", "ogg")),
+    ("b.png", "pictures in no folder of their own"),
+    *((name, "pictures of other kinds: convert them to png")
+      for name in ("walk/3.tif", "other/1.TIFF", "other/1.exr", "b.apng"))])
+def test_media_that_are_passed_over_are_said(tmp_path, capsys, name, why):
+    """A picture of another kind between the frames of a video, or alone."""
+    make(tmp_path, "a.mp4", "walk/1.png", "walk/2.png", name)
+    found, _, said = read(tmp_path, capsys)
+    assert found == ["a.mp4", "walk"] and said.count("not read are") == 1
+    assert f"{name} ({why})" in said
+    (tmp_path / "a.mp4").unlink()
+    shutil.rmtree(tmp_path / "walk")
+    if (tmp_path / name).exists():
+        with pytest.raises(UsageError, match="no videos in"):
+            read(tmp_path, capsys)
+        assert f"{name} ({why})" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("names", [
     ["1.png", "2.png", "10.png"], ["frame_1.jpg", "frame_2.JPG"],
     ["take2-005.png", "take2-010.png"]])
@@ -146,6 +166,14 @@ def test_what_fits_nothing_is_counted(tmp_path, capsys):
     assert "2 videos, 2 without a caption, 0 rows" in read(tmp_path / "none", capsys)[2]
 
 
+def test_a_row_of_a_deeper_video_is_not_of_one_here(tmp_path, capsys):
+    make(tmp_path, "a.mp4", "b.mp4", "c.mp4", "sub/a.mp4", "sub/b.mp4")
+    (tmp_path / "captions.csv").write_text("file,caption\na.mp4,red\nsub/a.mp4,blue square\n"
+                                           f"{tmp_path}/sub/b.mp4,x\nsub/c.mp4,green\n")
+    _, captions, said = read(tmp_path, capsys)
+    assert captions == {"a.mp4": "red", "c.mp4": "green"} and "2 rows without a video" in said
+
+
 def test_the_nearer_text_wins(tmp_path, capsys):
     """An exact name before one in another case, and a whole name before a stem."""
     make(tmp_path, "a.mp4", "B.mp4", "b.mp4", "walk/0.png",
@@ -156,8 +184,9 @@ def test_the_nearer_text_wins(tmp_path, capsys):
     captions = read(tmp_path, capsys)[1]
     assert captions == {"a.mp4": "a.mp4.txt", "B.mp4": "B.txt", "b.mp4": "b.txt",
                         "walk": "walk.txt"}
-    (tmp_path / "a.mp4.txt").write_text("\n")
-    assert read(tmp_path, capsys)[1]["a.mp4"] == "a.txt"  # but not an empty one
+    for blank in ("\n", " " * 4):  # but not an empty one
+        (tmp_path / "a.mp4.txt").write_text(blank)
+        assert read(tmp_path, capsys)[1]["a.mp4"] == "a.txt"
 
 
 def test_an_empty_text_does_not_erase_a_caption(tmp_path, capsys):
@@ -188,6 +217,15 @@ def test_an_empty_text_does_not_erase_a_caption(tmp_path, capsys):
     ("captions.jsonl", '{"file": "a.mp4", "caption": 3}', "line 1, needs a text as file"),
     ("captions.jsonl", '\n["a.mp4", "x"]', "line 2, needs a file and a caption"),
     ("captions.jsonl", '{"file": "a.mp4",\n', "line 1, is not json"),
+    ("captions.jsonl", "\n" + "[" * 100_000, "line 2, is not json"),
+    ("captions.jsonl", r'{"file": "a.mp4", "caption": "red \ud83d"}',
+     r"line 1, has '\\ud83d' in its caption, which is no character: write the caption again"),
+    ("captions.csv", "file,caption\na.mp4,re\0d\n", r"line 2, has '\\x00' in its caption"),
+    ("a.txt", "\0\0\0", r"a.txt has '\\x00' in its caption"),
+    ("captions.csv", 'file,caption\n\nb.gif,"long,\nlonger"\na.mp4,"red\nb.mp4,blue"\n',
+     "line 5, has a caption that goes on with the row of the next video: close its quote"),
+    ("captions.csv", 'id,file,caption\n3,a,"red\n4,b,blue"\n', "line 2, has a caption that goes"),
+    ("captions.csv", 'caption;file;seen\n"red;a.mp4;1\nblue";b.mp4;1\n', "line 2, has a caption"),
     ("captions.csv", "file,caption\na.mp4,x\nvideos/a.mp4,y\n",
      "two captions for a.mp4, in lines 2 and 3"),
     ("captions.csv", "file,caption\nb,x\n", '"b" can be b.gif, b.mp4: write the whole name')])

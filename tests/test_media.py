@@ -1,5 +1,7 @@
 """Images and videos, read and written."""
 
+import gc
+import struct
 import sys
 from collections import Counter
 from pathlib import Path
@@ -34,7 +36,7 @@ def test_videos_are_written_as_they_come(tmp_path, monkeypatch, ending):
         assert not (tmp_path / f"a{ending}").exists()
     with media.video_writer(f"12:30{ending}") as write:  # a colon is no protocol of ffmpeg's
         write(frames[:1])
-    assert Path(f"12:30{ending}").is_file()
+    assert len(media.read_video(f"12:30{ending}", 16)) == 1
     back = media.read_video(tmp_path / f"a{ending}", 128)
     assert len(back) == 300
     assert (ending == ".mp4"
@@ -63,7 +65,13 @@ def test_images(tmp_path):
     light = media.read_image(tmp_path / "turned.jpg", 32)[0, 0].mean((0, 1))  # (columns,)
     assert light[-10:].min() > 0.9 and light[:10].max() < -0.9
     (tmp_path / "bad.jpg").write_bytes(b"not an image")
-    for name, message in (("bad.jpg", "cannot be read"), ("none.jpg", "is not a file")):
+    for dtype, name in ((np.int32, "whole.tif"), (np.float32, "real.tif")):
+        Image.fromarray(np.full((20, 20), 100, dtype)).save(tmp_path / name)
+    Image.fromarray(np.full((20, 20), 25_700, ">u2")).save(tmp_path / "swapped.tif")
+    assert (media.read_image(tmp_path / "swapped.tif", 16) - (100 / 127.5 - 1)).abs().max() < 0.01
+    for name, message in (("bad.jpg", "cannot be read"), ("none.jpg", "is not a file"),
+                          ("whole.tif", "tif has pixels in int32, of which .*: convert it to a"),
+                          ("real.tif", "tif has pixels in float32, of which")):
         with pytest.raises(UsageError, match=message):
             media.read_image(tmp_path / name, 32)
 
@@ -107,6 +115,40 @@ def test_long_videos_take_the_memory_of_their_frames():
         """,
     )
     assert int(said) < 200_000  # KiB; gathered in one list it is 460,000 to 590,000
+
+
+@pytest.mark.parametrize("name, fps, remedy", [
+    ("a.gif", 60, "use 0.01 to 50, or write an .mp4"), ("a.gif", 1e-9, "use 0.01 to 50"),
+    ("a.mp4", 1e-9, "use 0.01 to 1000"), ("a.mp4", 1e12, "use 0.01 to 1000"),
+    ("a.mp4", float("nan"), "use 0.01 to 1000")])
+def test_rates_that_a_file_cannot_have(tmp_path, name, fps, remedy):
+    with pytest.raises(UsageError, match=f"--fps .* does not work for .*{name}: {remedy}"):
+        with media.video_writer(tmp_path / name, fps):
+            raise AssertionError("the work has begun")
+
+
+@pytest.mark.parametrize("size", [
+    "480", "480x832x3", "0x16", "016x16", "17x16", "16x16\n", "9" * 5000 + "x16"])
+def test_sizes_that_are_none(size):
+    assert media.parse_size("480x832") == (480, 832)
+    with pytest.raises(UsageError, match="is not height x width in multiples of 16: use") as error:
+        media.parse_size(size)
+    assert len(str(error.value)) < 200
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    """And no word of imageio's, which would close its own file again at the end."""
+    resource = pytest.importorskip("resource")
+    ignored, limits = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(UsageError, match="cannot write .*a.png: File too large"):
+            media.write_sheet(tmp_path / "a.png", torch.rand(1, 1, 3, 32, 32))
+        gc.collect()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not ignored and not list(tmp_path.iterdir())
 
 
 def test_a_video_that_ffmpeg_cut_short_is_not_kept(tmp_path, monkeypatch):
@@ -263,6 +305,40 @@ def test_damaged_videos_are_not_read(tmp_path, name, damage):
     path.write_bytes(whole[:a] + middle + (b"" if damage == "cut" else whole[b:]))
     with pytest.raises(UsageError, match="cannot be read as a video, it is damaged"):
         media.read_video(path, 16)
+
+
+def test_a_gif_that_lacks_a_piece(tmp_path):
+    """Pillow ends where a frame should begin and does not, or at the end of the file. What comes
+    after the mark of the end is no part of the gif."""
+    path, g = tmp_path / "a.gif", np.random.default_rng(0)
+    write_frames(path, [g.integers(0, 255, (48, 64), np.uint8) for _ in range(20)])
+    whole = path.read_bytes()
+    begins = whole.rindex(b"\0!\xf9\x04", 0, len(whole) // 2) + 1
+    pixels = whole.index(b";", begins + 1000) - 1  # a byte that looks like the mark
+    for damage in (whole[:begins], whole[:begins] + whole[pixels:]):
+        path.write_bytes(damage)
+        with pytest.raises(UsageError, match="damaged or none .(its end|no block begins at byte)"):
+            media.read_video(path, 16)
+    comment = b"!\xfe\x02hi\0"
+    path.write_bytes(whole[:begins] + comment + b"\0" + whole[begins:] + b"junk" * 50)
+    assert len(media.read_video(path, 16)) == 20
+    Image.new("RGB", (16, 16)).save(path, "webp")  # many a name is wrong
+    assert len(media.read_video(path, 16)) == 1
+
+
+@pytest.mark.parametrize("promised", [24, 2 ** 30])
+def test_an_avi_may_count_more_frames_than_it_has(tmp_path, promised):
+    """Frames that were left out are chunks of no bytes; into a pipe ffmpeg writes no number."""
+    path, times = tmp_path / "a.avi", [n for n in range(24) if n not in (5, 6, 13)]
+    write_frames(path, [8 * n for n in times], times=times)
+    whole = bytearray(path.read_bytes())
+    place = whole.index(b"strh") + 40  # of the number of frames
+    assert struct.unpack_from("<I", whole, place) == (24,)
+    struct.pack_into("<I", whole, place, promised)
+    path.write_bytes(whole)
+    assert len(media.read_video(path, 16)) == 21
+    shown = greys(media.read_video(path, 16, 10))
+    assert len(shown) == 24 and shown[4] == shown[5] == shown[6] < shown[7] - 10
 
 
 def test_two_recordings_in_one_file_are_not_one(tmp_path):

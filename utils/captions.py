@@ -3,13 +3,14 @@ import csv
 import functools
 import io
 import json
+import os
 import re
 import unicodedata
 from pathlib import Path, PurePosixPath
 
 from utils.errors import UsageError, first_process, require
 from utils.files import read_text
-from utils.media import OTHER_VIDEOS, VIDEO_ENDINGS, hidden, image_files
+from utils.media import OTHER_IMAGES, OTHER_VIDEOS, VIDEO_ENDINGS, hidden, image_files
 
 LISTS = ("metadata.csv", "metadata.jsonl", "captions.csv", "captions.jsonl")  # later ones win
 LIST_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
@@ -57,14 +58,20 @@ def video_files(folder):
             if p.suffix.lower() in VIDEO_ENDINGS and p.is_file() and not hidden(p)]
 
 
+def others(folder, endings):
+    """The files right in a folder that are media of kinds which are not read."""
+    return [p for p in folder.iterdir() if p.suffix.lower() in endings and not hidden(p)]
+
+
 def videos_in(folder):
-    """The videos of a folder: files, and folders of numbered images. Folders that hold media and
-    are not read are named. UsageError if there is no video, or if the videos lie one deeper."""
+    """The videos of a folder: files, and folders of numbered images. Media that are not read are
+    named. UsageError if there is no video, or if the videos lie one deeper."""
     folder, endings = Path(folder), ", ".join(VIDEO_ENDINGS)
     require(folder.is_dir(), f"{folder} is not a folder of videos: name one with {endings} files")
     found = sorted(p for p in folder.iterdir() if is_video(p))
     known = set(found)
-    folders = [p for p in folder.iterdir() if p.is_dir() and not hidden(p) and p not in known]
+    inside = [p for p in folder.iterdir() if p.is_dir() and not hidden(p)]
+    folders = [p for p in inside if p not in known]
     names = {p.stem for p in found if p.is_file()}
     drawn = [p for p in found if p.is_dir() and names]
     pictures_of = [p for p in drawn if names.issuperset(q.stem for q in image_files(p))]
@@ -78,14 +85,16 @@ def videos_in(folder):
     if pictures and not found:
         raise UsageError(f"no videos in {folder}, and the pictures in {some(pictures)} are not "
                          "frames of one: number those as 0001.png, 0002.png and so on")
-    require(found, f"no videos in {folder}: put {endings} files or folders of images there")
-    other = [p for p in folder.iterdir() if p.suffix.lower() in OTHER_VIDEOS and not hidden(p)]
+    foreign = [q for p in (folder, *inside) for q in others(p, OTHER_IMAGES)]
     for left, why in ((deeper, "videos in deeper folders"),
                       (pictures_of, "pictures with the names of the videos"),
-                      (other, "videos of other kinds: convert them to mp4"),
+                      (others(folder, OTHER_VIDEOS), "videos of other kinds: convert them to mp4"),
+                      (foreign, "pictures of other kinds: convert them to png"),
+                      (image_files(folder), "pictures in no folder of their own"),
                       (pictures, "pictures that are not numbered as the frames of a video")):
         if left:
             say_once(f"{folder}: not read are {some(left)} ({why})")
+    require(found, f"no videos in {folder}: put {endings} files or folders of images there")
     read = [p for p in drawn if p not in pictures_of]
     if read:
         say_once(f"{folder}: {some(read)}, beside the video files, are read as videos, a frame a "
@@ -105,9 +114,27 @@ def column(names, choices, path, line):
     return found[0]
 
 
-def csv_rows(path):
+def path_of(cell):
+    """What a list calls a file, as a path; Windows separates its parts by backslashes."""
+    return PurePosixPath(cell.strip().replace("\\", "/"))
+
+
+def swallowed(row, file, caption, separator, videos):
+    """Whether the caption of a row has taken in another row, because a quote is missing: beside the
+    end of a line, where a row has its file, stands a video, written as this row's is."""
+    lines, ending = row[caption].split("\n"), path_of(row[file]).suffix.lower()
+    for line in lines[1:] if file < caption else lines[:-1]:
+        cells = line.split(separator)
+        place = file if file < caption else file - len(row) + len(cells)
+        name = path_of(cells[place]) if 0 <= place < len(cells) > 1 else PurePosixPath()
+        if name.suffix.lower() == ending and videos.find(name.name):
+            return True
+    return False
+
+
+def csv_rows(path, videos):
     """(line, file, caption) of a csv whose first line names its columns; commas, semicolons or tabs
-    separate them, as a line "sep=;" before it may say (Excel's)."""
+    separate them, as a line "sep=;" before it may say (Excel's). videos: their Names."""
     text = read_text(path)
     said = re.match(r'\s*"?sep=(.)"?[,;\t ]*(\n|$)', text, re.I)
     if said:  # its line stays, empty: mistakes are named by their lines
@@ -119,9 +146,10 @@ def csv_rows(path):
     # a quoted caption may span several lines
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True,
                         skipinitialspace=True)  # or quotes after a space would not be any
-    names, rows = None, []
+    names, rows, end = None, [], 0
     try:
         for row in reader:
+            start, end = end + 1, reader.line_num
             if not any(field.strip() for field in row):
                 continue
             if names is None:
@@ -132,6 +160,8 @@ def csv_rows(path):
             require(len(row) == len(names), f"{path}, line {reader.line_num}, has {len(row)} "
                     f"fields and the first line {len(names)} columns: put a caption that has a "
                     f"{separator!r} in it in double quotes")
+            require(not swallowed(row, file, caption, separator, videos), f"{path}, line {start}, "
+                    "has a caption that goes on with the row of the next video: close its quote")
             rows.append((reader.line_num, row[file], row[caption]))
     except csv.Error as error:
         raise UsageError(f"{path}, line {reader.line_num}, is not csv ({error}): put captions in "
@@ -147,7 +177,7 @@ def json_rows(path):
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter for brackets in brackets
             raise UsageError(f"{path}, line {n}, is not json ({error}): write one object a line, "
                              '{"file": "a.mp4", "caption": "..."}') from None
         names = list(row) if isinstance(row, dict) else [row]
@@ -191,18 +221,33 @@ class Names:
         return []
 
 
+def is_deeper(file, folder):
+    """Whether a row names a file that lies in a deeper folder, which is none of the videos."""
+    place, folder = (Path(os.path.abspath(p)) for p in (folder / file, folder))
+    return folder in place.parent.parents and os.path.exists(place)
+
+
+def stripped(caption, where):
+    """A caption without the space around it. UsageError for what no text has: zero bytes, as of a
+    file that was not written out, and halves of characters, which cannot be encoded."""
+    bad = re.search("[\0\ud800-\udfff]", caption)
+    require(not bad, f"{where} has {bad and bad[0]!a} in its caption, which is no character: write "
+            "the caption again")
+    return caption.strip()
+
+
 def listed_captions(path, names):
     """({video's name: caption}, [files that are no video]) of one list."""
     captions, lines, left = {}, {}, []
-    for n, file, caption in csv_rows(path) if path.suffix.lower() == ".csv" else json_rows(path):
-        name = PurePosixPath(file.strip().replace("\\", "/")).name
-        found = names.find(name)
-        if not found:
+    is_csv = path.suffix.lower() == ".csv"
+    for n, file, caption in csv_rows(path, names) if is_csv else json_rows(path):
+        found = names.find(path_of(file).name)
+        if not found or is_deeper(path_of(file), path.parent):
             left.append(file.strip() or f"line {n}")
             continue
         require(len(found) == 1, f'{path}, line {n}: "{file}" can be {some(v.name for v in found)}'
                 ": write the whole name")
-        video, caption = found[0].name, caption.strip()
+        video, caption = found[0].name, stripped(caption, f"{path}, line {n},")
         require(captions.get(video, caption) == caption, f"{path} has two captions for {video}, in "
                 f"lines {lines.get(video)} and {n}: remove one")
         captions[video], lines[video] = caption, n
@@ -210,20 +255,21 @@ def listed_captions(path, names):
 
 
 def text_files(folder, names):
-    """({video's name: text file}, [text files that fit no video]). a.txt and a.mp4.txt belong to
-    a.mp4, walk.txt to the folder walk; of two, one that is not empty wins, then the nearer name."""
+    """({video's name: (text file, its text)}, [text files that fit no video]). a.txt and a.mp4.txt
+    belong to a.mp4, walk.txt to the folder walk; of two, one that is not blank wins, then the
+    nearer name."""
     beside, left = {}, []
-    texts = [p for p in folder.iterdir() if p.suffix.lower() == ".txt" and not hidden(p)]
-    # empty ones (at most a line's end) first, exact names last, a whole name after a stem: later
-    # ones win
-    texts.sort(key=lambda p: (p.is_file() and p.stat().st_size > 2, p.stem in names.tables[0],
-                              p.stem in names.tables[2], p.name))
-    for text in texts:
-        found = names.find(text.stem)
+    files = [p for p in folder.iterdir() if p.suffix.lower() == ".txt" and not hidden(p)]
+    # exact names last, a whole name after a stem: later ones win
+    files.sort(key=lambda p: (p.stem in names.tables[0], p.stem in names.tables[2], p.name))
+    for file in files:
+        found = names.find(file.stem)
+        text = stripped(read_text(file), file) if found else ""
         for video in found:
-            beside[video.name] = text
+            if text or video.name not in beside:
+                beside[video.name] = file, text
         if not found:
-            left.append(text.name)
+            left.append(file.name)
     return beside, left
 
 
@@ -244,10 +290,9 @@ def captions_in(folder, videos):
                          if text or video not in captions}  # an empty field says nothing
             left += unknown
     beside, texts = text_files(folder, names)
-    written = {video: read_text(path).strip() for video, path in beside.items()}
-    empty = [beside[video].name for video, text in written.items()
+    empty = [file.name for video, (file, text) in beside.items()
              if not text and captions.get(video)]
-    captions |= {video: text for video, text in written.items()
+    captions |= {video: text for video, (_, text) in beside.items()
                  if text or not captions.get(video)}
     without = [video.name for video in videos if not captions.get(video.name)]
     words = [f"{len(videos)} videos, {len(without)} without a caption"

@@ -1,5 +1,6 @@
 """Media files: images and videos to tensors and back, through imageio, Pillow and ffmpeg."""
 import contextlib
+import io
 import itertools
 import re
 from pathlib import Path
@@ -18,11 +19,13 @@ from utils.files import atomic_write
 from utils.video import iter_video, over_white
 
 VIDEO_ENDINGS = (".mp4", ".webm", ".mov", ".gif", ".mkv", ".avi")
-OTHER_VIDEOS = (".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".ogv", ".3gp")
+OTHER_VIDEOS = (".m4v", ".mpg", ".mpeg", ".mpe", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".wmv",
+                ".asf", ".flv", ".f4v", ".ogv", ".ogg", ".3gp", ".mxf", ".y4m")
 LEFT_BEHIND = ("@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot",
                "$recycle.bin", "recycler", "system volume information", "found.000", "lost.dir",
                "lost+found", "__macosx", "temporary items", "network trash folder")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+OTHER_IMAGES = (".tif", ".tiff", ".exr", ".apng", ".avif", ".heic", ".jxl", ".tga", ".dpx")
 FFMPEG = {  # file ending -> how ffmpeg writes it
     ".mp4": dict(codec="libx264", quality=8,
                  output_params=["-preset", "veryfast"]),  # must keep up with the stream
@@ -35,10 +38,10 @@ FFMPEG = {  # file ending -> how ffmpeg writes it
 
 def parse_size(text):
     """"480x832" -> (480, 832), height and width in pixels, multiples of 16."""
-    numbers = tuple(map(int, re.findall("[0-9]+", text)))
-    valid = len(numbers) == 2 and text == "{}x{}".format(*numbers)
-    require(valid and all(n and n % 16 == 0 for n in numbers),
-            f"--size {text} is not height x width in multiples of 16: use --size 480x832")
+    written = re.fullmatch("([1-9][0-9]{,5})x([1-9][0-9]{,5})", text)
+    numbers = tuple(map(int, written.groups())) if written else ()
+    require(written and all(n % 16 == 0 for n in numbers), f"--size {text[:40]} is not height x "
+            "width in multiples of 16: use --size 480x832")
     return numbers
 
 
@@ -74,9 +77,12 @@ def fit_frame(frame, size, aspect=1.0):
 
 def load_picture(path):
     """An image file as (H, W, 3) uint8, rotated as its EXIF says; grey (8 or 16 bits), palette and
-    CMYK become RGB, transparent parts white."""
+    CMYK become RGB, transparent parts white. UsageError for numbers that have no known white."""
     first_frame = dict(plugin="pillow", index=0)
-    if improps(path, **first_frame).dtype == np.uint16:  # Pillow would clip at 255
+    dtype = improps(path, **first_frame).dtype
+    require(dtype.kind in "bu", f"{path} has pixels in {dtype}, of which it is not known what is "
+            "white: convert it to a png of 8 or 16 bits")
+    if dtype.itemsize == 2:  # Pillow would clip at 255
         grey = imread(path, rotate=True, **first_frame) >> 8
         return grey.astype(np.uint8)[..., None].repeat(3, 2)
     with Image.open(path) as image:
@@ -91,6 +97,8 @@ def read_image(path, size):
     require(Path(path).is_file(), f"{path} is not a file: --image takes an image file")
     try:
         frame = load_picture(path)
+    except UsageError:
+        raise
     except Exception as error:
         raise UsageError(f"{path} cannot be read as an image ({first_line(error)}): convert it to "
                          "png or jpg") from None
@@ -104,6 +112,8 @@ def folder_frames(folder):
     for file in image_files(folder):
         try:
             pixels = load_picture(file)
+        except UsageError:
+            raise
         except Exception as error:
             raise UsageError(f"{file} cannot be read as an image ({first_line(error)}): copy it "
                              "again, or remove its folder") from None
@@ -171,6 +181,9 @@ def video_writer(path, fps=8, zoom=1):
     last row or column is repeated in an mp4 whose sides would be odd, which H.264 cannot have."""
     path, sent = Path(path), 0
     even = path.suffix.lower() == ".mp4"
+    # ffmpeg is told two decimals; a gif's frame of less than 20 ms is shown for 100
+    require(0.01 <= fps <= (1000 if even else 50), f"--fps {fps:g} does not work for {path}: use "
+            f"{'0.01 to 1000' if even else '0.01 to 50, or write an .mp4'}")
     options = dict(fps=fps, macro_block_size=1, ffmpeg_log_level="error",
                    **FFMPEG[path.suffix.lower()])
     with atomic_write(path) as temporary:
@@ -196,5 +209,7 @@ def video_writer(path, fps=8, zoom=1):
 def write_sheet(path, video, zoom=2):
     """Contact sheet: a row per clip of `video` (b, f, 3, H, W), a column per frame."""
     sheet = rearrange(to_uint8(video), "b f h w c -> (b h) (f w) c")
+    encoded = io.BytesIO()  # imageio's plugin does not clean up silently after a full disk
+    iio.imwrite(encoded, sheet.repeat(zoom, 0).repeat(zoom, 1), format=Path(path).suffix)
     with atomic_write(path) as temporary:
-        iio.imwrite(temporary, sheet.repeat(zoom, 0).repeat(zoom, 1))
+        temporary.write_bytes(encoded.getvalue())

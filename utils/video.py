@@ -22,6 +22,7 @@ HDR = {16: "PQ", 18: "HLG"}  # transfer functions, as ffmpeg numbers them
 BT2020 = 9  # its number for these primaries
 TO_SDR = ("ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable,zscale=p=bt709:t=bt709:m=bt709,"
           "format=yuv420p OUT.mp4")
+UNCOUNTED = 2 ** 30  # frames that an AVI promises if ffmpeg wrote it into a pipe
 HARMLESS = ("mmco:", "co located POCs")  # said of whole clips that were cut from longer ones
 
 av.logging.set_level(av.logging.ERROR)  # what is said is read, never printed
@@ -57,7 +58,8 @@ def damaged(path, what):
 
 def open_video(path, stack):
     """(container, its video stream). One thread decodes, so that its complaints are heard."""
-    container = stack.enter_context(av.open(str(path)))
+    # an absolute path: ffmpeg sees a protocol in 12:30.mp4
+    container = stack.enter_context(av.open(str(path.absolute())))
     stream = container.streams.best("video")
     require(stream is not None, f"{path} holds no video: remove it")
     require(stream.metadata.get("alpha_mode") != "1", f"{path} is transparent, and its colours "
@@ -83,11 +85,14 @@ def file_times(path):
     times, number = set(), 0
     with contextlib.ExitStack() as stack, listening(path):
         container, stream = open_video(path, stack)
+        index = stream.index_entries
+        # an AVI counts frames that were left out, as chunks of no bytes that its index steps over
+        dropped = index[-1].timestamp + 1 - len(index) if len(index) else 0
         for packet in packets_of(path, container, stream):
             number += packet.size > 0
             if packet.size and packet.pts is not None and not packet.is_discard:
                 times.add(float(packet.pts * packet.time_base))
-        if container.format.name == "avi" and number < stream.frames:
+        if container.format.name == "avi" and number + dropped < stream.frames < UNCOUNTED:
             raise damaged(path, f"{number} of {stream.frames} frames are there")
     return sorted(times)
 
@@ -135,6 +140,34 @@ def gif_frames(path, stack):
             time += delay / 1000 if delay >= 20 else 0.1
     except Exception as error:  # Pillow has six kinds for damaged files
         raise damaged(path, first_line(error)) from None
+
+
+def check_gif(path):
+    """UsageError unless the blocks of a gif follow each other up to the mark of its end. Where a
+    piece is missing, Pillow takes the next such byte among the pixels for that mark. A picture of
+    another kind that is named .gif has no such blocks; what comes after the mark does not count."""
+    data = path.read_bytes()
+    if not data.startswith(b"GIF8"):
+        return
+
+    def table(flags):
+        """Bytes of a table of colours."""
+        return 3 << (flags & 7) + 1 if flags & 128 else 0
+
+    try:
+        place = 13 + table(data[10])
+        while data[place] != 0x3B:  # the mark
+            if data[place] == 0x21:  # an extension
+                place += 2
+            elif data[place] == 0x2C:  # a picture
+                place += 11 + table(data[place + 9])
+            elif data[place]:  # some programs write a zero too many
+                raise damaged(path, f"no block begins at byte {place}")
+            while data[place]:
+                place += 1 + data[place]
+            place += 1
+    except IndexError:
+        raise damaged(path, "its end is missing") from None
 
 
 def shown_at(frames, fps):
@@ -218,6 +251,7 @@ def iter_video(path, fps):
     Raises UsageError for damage, HDR and transparency."""
     with contextlib.ExitStack() as stack:
         if path.suffix.lower() == ".gif":
+            check_gif(path)
             times = [time for time, _ in gif_frames(path, stack)]
             frames = gif_frames(path, stack)
         else:
