@@ -272,15 +272,19 @@ def inputs(args, codec, settings, where):
     d) or None) of --futures equal rows. All captions are encoded, then the text encoder is freed.
 
     text: (b, l, d), or with --prompt-at a callable for rollout(), latent frame -> (b, l, d)."""
-    latent, last = codec is None, max((frame for frame, _ in args.prompt_at), default=0)
+    latent = codec is None
     codec, first, encode, caption = one_input(args, codec, settings, where)
     number = args.futures or 1
     first = first.expand(number, -1, -1, -1, -1)
-    number_of_frames = args.frames or 1 + codec.ratio * (settings["frames"] - 1)
-    require(last < number_of_frames, f"--prompt-at {last} is behind the end of {number_of_frames} "
-            "frames: raise --frames, or leave it out")
     begins = [math.ceil((frame - 1) / codec.ratio) + 1 if frame else 0
               for frame, _ in args.prompt_at]
+    if begins:
+        image, chunk, latents = settings["first"], settings["chunk"], settings["frames"]
+        if args.frames:
+            latents = math.ceil((args.frames - 1) / codec.ratio) + 1
+        require(begins[-1] <= image + (latents - image - 1) // chunk * chunk, "--prompt-at "
+                f"{args.prompt_at[-1][0]}: no chunk begins there or later, so its caption would "
+                "not be seen; raise --frames, or leave it out")
     captions = [caption, *(words for _, words in args.prompt_at)]
     texts = [encode(words).expand(number, -1, -1) for words in captions]
     negative = negative_text(args, settings, encode) if latent else None

@@ -127,7 +127,7 @@ def test_where_a_caption_begins_in_latent_frames(monkeypatch):
     first = torch.zeros(1, 1, 4, 2, 2)
     made = type("Codec", (), {"ratio": 4})(), first, lambda c: torch.full((1, 1, 1), int(c)), "0"
     monkeypatch.setattr(serve, "wan_inputs", lambda *_: made)
-    text = serve.inputs(args, None, {"first": 1, "stage": 2}, "")[2]
+    text = serve.inputs(args, None, {"first": 1, "stage": 2, "frames": 7, "chunk": 3}, "")[2]
     assert [int(text(n)) for n in range(5)] == [0, 1, 1, 2, 2]  # latent 3 begins with frame 9
 
 
