@@ -119,11 +119,21 @@ STARTS = [  # the rows of the family that others start from
     # the teacher continues chunks of three frames, so a frame at a time is learnt from whole clips
     Row("stage 1, frame by frame", "stage1-frame", "--chunk 1 --ode-context clean", "stage0"),
 ]
+CAUSAL = [  # AAD-1 from a causal teacher's stage 1
+    Row("stage 2, causal teacher", "stage2-causal-start", "--init {out}/stage1-causal-teacher",
+        "stage1-causal-teacher"),
+    Row("stage 3, causal teacher", "stage3-causal-start", "--init {out}/stage2-causal-start",
+        "stage2-causal-start"),
+    Row("control, causal teacher", "stage2-causal-control", f"--iters 150 {ON}-causal-start",
+        "stage2-causal-start"),
+]
 FRAMES = "--chunk 1 --grad-chunks 7 --no-cache-grad"  # with that gradient it collapses
 FAMILY = [
     *RECIPE, *STARTS,
     Row("stage 1, consistency", "stage1-consistency", "--recipe consistency", "stage0"),
-    PURE2, Row("stage 2 without anchor, at 4 1", "stage2-pure", "--ode-anchor 0",
+    Row("stage 2, at 4 1", "stage2", after="stage2", steps=(4, 1)),
+    Row("stage 3, at 4 1", "stage3", after="stage3", steps=(4, 1)),
+    *CAUSAL, PURE2, Row("stage 2 without anchor, at 4 1", "stage2-pure", "--ode-anchor 0",
                "stage2-pure", (4, 1)),
     *relative("self-forcing", (1,), (2,), *FIRST),
     *relative("self-forcing", tag="self-forcing-nocache", flags="--no-cache-grad",
@@ -139,7 +149,8 @@ FAMILY = [
               name="one-forcing, frame by frame, start frame by frame"),
     *relative("asd", (1,), (2,), *FIRST), *relative("diagonal", (1,)),
     *relative("no-context", name="no context pass, stage 2"),
-    *relative("no-context", stage=3, after="stage2-no-context", name="no context pass, stage 3"),
+    *relative("no-context", (4, 1), stage=3, after="stage2-no-context",
+              name="no context pass, stage 3"),
 ]
 TABLES = {
     "stages": [

@@ -377,6 +377,8 @@ LABELS = {  # what front() names: (folder, passes) -> words, and where they stan
     ("stage2-pure", ()): ("stage 2 without anchor", 7, -3, "left"),
     ("stage2-lowa0", ()): ("stage 2, low levels, no anchor", 7, -3, "left"),
     ("stage2-nocache", ()): ("stage 2, no cache gradient", 4, -11, "right"),
+    ("stage2-causal-start", ()): ("stage 2, causal teacher", -7, -3, "right"),
+    ("stage3-causal-start", ()): ("stage 3, causal teacher", -2, 7, "center"),
     ("stage2-causvid", (1,)): ("CausVid, 1 pass", 7, -3, "left"),
     ("stage3", ()): ("stage 3", 4, 6, "left"),
     ("stage3", (4,)): ("stage 3 at 4 passes", 4, 7, "right"),
