@@ -10,7 +10,6 @@ call goes on where the first ended, and makes again what has another video or ca
 unreadable and short videos are skipped and listed at the end.
 """
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -23,8 +22,8 @@ from tqdm import tqdm
 from scale.wan import CaptionEncoder, WanCodec, find_text_encoder, find_vae
 from utils.captions import captions_in, some, videos_in
 from utils.errors import UsageError, WriteError, check_device, friendly_errors, require
-from utils.files import (check_writable, clips_in, content_of, read_text, save_finite, shapes_in,
-                         write_json)
+from utils.files import (check_writable, clips_in, content_of, lock_file, read_text, save_finite,
+                         shapes_in, write_json)
 from utils.media import VIDEO_ENDINGS, iter_frames, parse_size
 from utils.settings import Parser, cuda_or_cpu
 
@@ -96,16 +95,10 @@ def contents(path):
 @contextlib.contextmanager
 def locked(out):
     """Hold --out for this call alone; UsageError if another one writes there, for each would take
-    the other's clips away. The lock ends with the process, however that ends."""
+    the other's clips away."""
     check_writable(out / ".lock")
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another scale.encode is writing to {out}: wait for it, or choose "
-                             "another --out") from None
-        except OSError:  # a file system without locks
-            pass
+    with lock_file(out / ".lock", f"another scale.encode is writing to {out}: wait for it, or "
+                   "choose another --out"):
         yield
 
 

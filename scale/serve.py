@@ -14,7 +14,7 @@ from data import PatchCodec, WordEncoder, dataset, held_out_ids
 from model import PRESETS, Config, build
 from utils.errors import UsageError, check_device, require
 from utils.files import check_writable, read_finite
-from utils.media import FFMPEG, parse_size, read_image
+from utils.media import FFMPEG, check_rate, parse_size, read_image
 from utils.runs import check_codec, newest_stage, read_settings
 from utils.settings import Parser, cuda_or_cpu, flag
 from utils.weights import check_names, open_weights, same_network
@@ -106,6 +106,7 @@ def arguments(argv, description):
     for _, words in args.prompt_at:
         check_text(words, "--prompt-at")
     check_writable(args.out)  # before minutes of loading
+    check_rate(args.out, args.fps or 8)
     return args
 
 

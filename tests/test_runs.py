@@ -386,7 +386,7 @@ def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
     def none_here(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(runs.fcntl, "flock", none_here)
+    monkeypatch.setattr(files.fcntl, "flock", none_here)
     train.main(["--out", str(tmp_path), "--stage", "0", "--iters", "1", *SMALL])
     assert (tmp_path / "stage0" / "metrics.json").is_file()
 

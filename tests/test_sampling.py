@@ -68,6 +68,7 @@ def test_an_interrupted_stream_is_kept(small_run, tmp_path, monkeypatch, capsys)
     ("--weights stage0 --from-data --steps 4 1", "is a teacher"),
     ("--from-data --out file/x.gif", "cannot write"),
     ("--weights nowhere --out file/x.gif", "cannot write"),
+    ("--weights nowhere --out x.gif --fps 60", "--fps 60 does not work for x.gif"),
     ("--from-data --frames 7 --prompt-at 5 blue", "--prompt-at 5: no chunk begins there or later"),
     ("--from-data --prompt red\udcff", "is no text in UTF-8"),
     ("--from-data --prompt-at 4 red\udcff", "is no text in UTF-8"),

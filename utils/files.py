@@ -1,6 +1,7 @@
 """Files on disk: written whole or not at all, read with one clear sentence if they are damaged."""
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -56,6 +57,20 @@ def check_writable(path):
     """WriteError if a file of this name cannot be written."""
     with contextlib.suppress(Unwritten), atomic_write(path):
         raise Unwritten
+
+
+@contextlib.contextmanager
+def lock_file(path, sentence):
+    """Hold a lock for this process alone; UsageError(sentence) if another one has it. It ends with
+    the process, however that ends."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(sentence) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def read_text(path):

@@ -173,6 +173,14 @@ def count_frames(path):
     return 0
 
 
+def check_rate(path, fps):
+    """UsageError for a frame rate that this kind of file cannot have."""
+    # ffmpeg is told two decimals; a gif's frame of less than 20 ms is shown for 100
+    gif = Path(path).suffix.lower() == ".gif"
+    require(0.01 <= fps <= (50 if gif else 1000), f"--fps {fps:g} does not work for {path}: use "
+            f"{'0.01 to 50, or write an .mp4' if gif else '0.01 to 1000'}")
+
+
 @contextlib.contextmanager
 def video_writer(path, fps=8, zoom=1):
     """A function that takes frames (f, 3, H, W) in [-1, 1], part by part, and writes an mp4 or gif.
@@ -181,9 +189,7 @@ def video_writer(path, fps=8, zoom=1):
     last row or column is repeated in an mp4 whose sides would be odd, which H.264 cannot have."""
     path, sent = Path(path), 0
     even = path.suffix.lower() == ".mp4"
-    # ffmpeg is told two decimals; a gif's frame of less than 20 ms is shown for 100
-    require(0.01 <= fps <= (1000 if even else 50), f"--fps {fps:g} does not work for {path}: use "
-            f"{'0.01 to 1000' if even else '0.01 to 50, or write an .mp4'}")
+    check_rate(path, fps)
     options = dict(fps=fps, macro_block_size=1, ffmpeg_log_level="error",
                    **FFMPEG[path.suffix.lower()])
     with atomic_write(path) as temporary:

@@ -1,6 +1,5 @@
 """Folders of a run: <out>/stageN or <out>/stageN-TAG, what they hold, whether to go on there."""
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from model import Config
 from utils.errors import UsageError, require
-from utils.files import atomic_write, listing_of, read_json, write_json
+from utils.files import atomic_write, listing_of, lock_file, read_json, write_json
 from utils.layouts import files_of, listed, network_folder, one_deeper, weight_files
 from utils.tracking import open_tracker
 
@@ -132,17 +131,10 @@ def origins(cfg):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold a stage's folder for this run alone; UsageError if another run trains there. The lock
-    ends with the process, however that ends."""
+    """Hold a stage's folder for this run alone; UsageError if another run trains there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another run is training in {folder}: wait for it, or choose another "
-                             "--out or --tag") from None
-        except OSError:  # a file system without locks
-            pass
+    with lock_file(folder.with_name(f".{folder.name}.lock"), f"another run is training in {folder}"
+                   ": wait for it, or choose another --out or --tag"):
         yield
 
 
