@@ -5,8 +5,7 @@
 
 A dataset is anything with batch(clip_ids) -> {"video": (b, f, 3, H, W) in [-1, 1], "text": [str]}
 and `latent` False, or, with `latent` True, {"latents": (b, f, c, h, w), "embeddings": (b, l, d)}.
-Clip i is always the same clip: a run resumes by its step alone, and any number of devices reads
-the same global batch.
+Clip i is always the same clip: a run resumes by its step alone, on any number of devices.
 """
 import sys
 import zlib

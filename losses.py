@@ -5,8 +5,7 @@
     x0  = x_t - t v                 the clean clip that a flow stands for
 
 Clips are (b, f, c, h, w), times (b, f) in [0, 1], one per frame. A frame at t = 0 is conditioning
-(the given image): networks see it clean, and no loss is taken on it. "Paper" is AAD-1
-(2606.03972) unless another one is named.
+(the given image): networks see it clean, no loss is taken on it. "Paper" is AAD-1 (2606.03972).
 """
 import torch
 import torch.nn.functional as F

@@ -141,8 +141,11 @@ def rope_table(positions, h, w, head_dim, device):
 
 def rotate(x, rope):
     """Rotary embedding of x (b, f, n, heads, d) in float32: each pair of numbers turns."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # it fuses real arithmetic only
+        (a, b), cos, sin = pairs.unbind(-1), rope.real, rope.imag
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+    return torch.view_as_real(torch.view_as_complex(pairs) * rope).flatten(-2).to(x.dtype)
 
 
 class GELU(nn.GELU):
@@ -153,12 +156,11 @@ class GELU(nn.GELU):
 
 
 class SelfAttention(nn.Module):
-    """Attention of a video to itself and, with a cache, to its past."""
+    """Attention of a video to itself and, with a cache, to its past. A norm is over all heads."""
     def __init__(self, cfg):
         super().__init__()
         self.heads = cfg.num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))
-        # over the whole width, not per head
         self.norm_q, self.norm_k = (nn.RMSNorm(cfg.dim, eps=cfg.eps) for _ in range(2))
 
     def qkv(self, x, context):
@@ -221,8 +223,7 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim ** 0.5)
 
     def forward(self, x, e):
-        """x (b, f, n, dim), e (b, f, dim) of a frame -> patches (b, f, n, p * p * c): in Wan the
-        channels are last here, and first in the input"""
+        """x (b, f, n, dim), e (b, f, dim) -> patches (b, f, n, p * p * c); the input has c first"""
         shift, scale = (self.modulation + e[:, :, None])[..., None, :].unbind(2)
         return self.head(self.norm(x) * (1 + scale) + shift)
 
@@ -325,10 +326,9 @@ def build(cfg):
 class KVCache:
     """Keys and values of the first `sink` frames and of the last `window` frames of a stream.
 
-    Keys are stored BEFORE RoPE and get their positions when they are read, counted inside
-    [sink | window | chunk] (StreamingLLM, 2309.17453; AAD-1 section 3.1): distances stay in the
-    trained range. relative=False: frame numbers of the video, as in Self Forcing. detach=False:
-    gradients pass through the cache. Each pass overwrites `present`; commit() adds it to `past`."""
+    Keys are stored BEFORE RoPE; positions are counted at reading, inside [sink | window | chunk]
+    (StreamingLLM, 2309.17453): a trained range. relative=False: frame numbers of the video (Self
+    Forcing). detach=False: gradients pass. Each pass overwrites `present`; commit() keeps it."""
     def __init__(self, sink=1, window=None, relative=True, detach=True):
         self.sink, self.window, self.relative, self.detach = sink, window, relative, detach
         self.past = self.present = None  # per layer (k, v), each (b, frames, n, heads, d)

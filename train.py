@@ -37,8 +37,8 @@ from scale.state import export, load_state, save_state
 from utils.errors import catch_signals, friendly_errors, require
 from utils.files import clips_in
 from utils.runs import StageLog, decide_resume, init_stage_dir, locked, reason_to_stop, stage_dir
-from utils.settings import (Parser, add_fields, default_device, default_dtype, given_values,
-                            inferred_preset, synced_time, validate)
+from utils.settings import (Parser, add_fields, default_compile, default_device, default_dtype,
+                            given_values, inferred_preset, synced_time, validate)
 
 
 @dataclass
@@ -69,7 +69,7 @@ class TrainConfig(Config):
     activation_checkpointing: bool = False  # run blocks again in the backward pass
     offload: bool = False           # stages 2 and 3: frozen networks and held clips on the host
     context_parallel: int = 1       # processes that share the tokens of one clip (Ulysses)
-    compile: bool = False           # torch.compile, block by block
+    compile: str = ""               # torch.compile: all, clips (networks of whole clips) or none
     lr: float = 2e-3                # learning rate of the student (AdamW)
     muon_lr: float = 0.0            # learning rate of Muon for block matrices; 0: AdamW for all
     betas: tuple = (0.9, 0.95)      # betas of AdamW for the student
@@ -490,6 +490,7 @@ def train(cfg):
     plan = on_rank0(decide_resume, cfg, TrainConfig())
     if plan == "keep":
         return say(f"stage {cfg.stage} is finished and kept: {folder} (see --no-resume)")
+    cfg.compile = cfg.compile or on_rank0(default_compile, cfg)
     with contextlib.ExitStack() as stack:
         on_rank0(stack.enter_context, locked(folder))
         run = Run(cfg, new_network)  # reads data and weights before anything is removed or written

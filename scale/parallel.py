@@ -182,7 +182,8 @@ def shard(module, checkpointing=False, compiled=False, half=False, context=1, of
     for block in blocks_of(module):
         if compiled:  # one code for all blocks: several networks, with and without gradients,
             torch._dynamo.config.recompile_limit = 64  # and caches of several lengths
-            block.forward = torch.compile(block.forward)
+            # what is compiled must not depend on what came before, or a resumed run would differ
+            block.forward = torch.compile(block.forward, dynamic=False)
         if checkpointing:  # outside, or nothing is compiled; a block is a pure function, so
             block.forward = functools.partial(checkpoint, block.forward,  # running it twice is safe
                                               use_reentrant=False)

@@ -113,7 +113,8 @@ class Run:
             net.to(torch.bfloat16)  # a frozen network needs no float32 copy
         checkpointing = cfg.activation_checkpointing and trained
         offloaded = cfg.offload and cfg.stage > 1 and not trained
-        net = shard(net, checkpointing, cfg.compile, half, cfg.context_parallel, offloaded)
+        compiled = cfg.compile == "all" or cfg.compile == "clips" and sees_whole_clips(cfg, name)
+        net = shard(net, checkpointing, compiled, half, cfg.context_parallel, offloaded)
         return allocate(net, self.device, offloaded)
 
     def add_network(self, name, net, groups=()):
@@ -256,6 +257,11 @@ class Run:
         decay = min(self.cfg.ema, (done + 1) / (done + 10))
         for average, p in zip(self.nets["ema"].parameters(), self.nets["student"].parameters()):
             average.lerp_(p.to(average.device), 1 - decay)
+
+
+def sees_whole_clips(cfg, name):
+    """Whether a network sees clips whole, and so few different shapes, or chunk by chunk."""
+    return name in ("teacher", "fake", "disc") if cfg.stage > 1 else name == "student"
 
 
 def latent_sides(cfg):

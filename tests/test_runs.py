@@ -186,11 +186,12 @@ def test_killed_run_goes_on(small_run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", range(4))
-def test_kill_at_a_random_moment_is_bit_for_bit(small_run, tmp_path, stage):
+@pytest.mark.parametrize("stage, more", [
+    (0, ""), (1, ""), (2, ""), (3, ""), (0, "--compile clips --teacher-forcing 0.5")])
+def test_kill_at_a_random_moment_is_bit_for_bit(small_run, tmp_path, stage, more):
     """SIGKILL twice, whenever it comes: while starting, stepping or saving. The run that goes on
-    ends as if nothing had been."""
-    flags = command(small_run, stage, "--iters", 40, "--save-every", 3)
+    ends as if nothing had been, compiled for clips of two lengths too."""
+    flags = command(small_run, stage, "--iters", 40, "--save-every", 3, *more.split())
     began = time.time()
     assert start(tmp_path / "a", *flags).wait() == 0
     whole = time.time() - began
@@ -223,7 +224,7 @@ def test_relatives_are_switches(small_run, tmp_path, flags):
 def test_compiled_blocks_train_alike(small_run, tmp_path):
     flags = command(small_run, 2, "--iters", 3)
     train.main(["--out", str(tmp_path / "a"), *flags])
-    train.main(["--out", str(tmp_path / "b"), *flags, "--compile"])
+    train.main(["--out", str(tmp_path / "b"), *flags, "--compile", "all"])
     one, two = weights(tmp_path / "a/stage2"), weights(tmp_path / "b/stage2")
     assert largest_difference(one, two) < 1e-3  # Adam amplifies rounding
 

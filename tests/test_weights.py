@@ -9,6 +9,7 @@ import shutil
 import weakref
 from dataclasses import asdict
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,11 +22,12 @@ from experiments import evaluate
 from scale import encode, parallel, serve, wan
 from scale.clips import StepClips
 from scale.run import Batch, network_config
-from tests.common import (WAN, inputs, largest_difference, network, relative, several_processes,
-                          small_config, small_vae_and_text_encoder, tiny, weights, write_official)
+from tests.common import (WAN, inputs, largest_difference, network, rehearsal, relative,
+                          several_processes, small_config, small_vae_and_text_encoder, tiny,
+                          weights, write_official)
 from utils import layouts, media, runs
 from utils.errors import UsageError, friendly_errors
-from utils.settings import check_compiler, inferred_preset
+from utils.settings import check_compiler, default_compile, inferred_preset
 from utils.weights import load_into, open_tensors, open_weights, state_dict_in
 
 PLAIN = tiny(precondition=False)
@@ -767,10 +769,31 @@ def test_without_a_compiler_compile_is_one_sentence(monkeypatch):
     with pytest.raises(UsageError, match="does not work with --device mps"):
         check_compiler("mps")
     with pytest.raises(UsageError, match="--compile needs a compiler"):
-        small_config(2, "--compile")
+        small_config(2, "--compile", "all")
     monkeypatch.setenv("CXX", shutil.which("false", path=os.defpath))
     with pytest.raises(UsageError, match="false --version fails: repair it, name another in CXX"):
         check_compiler("cpu")
+
+
+def test_long_stages_on_a_cpu_are_compiled(monkeypatch, capsys):
+    """The networks that see whole clips, where a compiler works: else a word, and no failure."""
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    assert default_compile(small_config(0, "--iters", 199)) == "none"
+    assert default_compile(small_config(0, "--iters", 200)) == "clips"
+    for error in (RuntimeError("no Python.h\nand more"), RuntimeError()):
+        monkeypatch.setattr(torch, "compile", Mock(side_effect=error))
+        assert default_compile(small_config(0, "--iters", 200)) == "none"
+    assert [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()] == [
+        "no Python.h", "RuntimeError"]
+    compiled = {}
+    for stage in range(4):
+        seen = compiled.setdefault(stage, set())
+        monkeypatch.setattr(torch, "compile", lambda f, **_: (seen.add(f.__self__), f)[1])
+        run = rehearsal(stage, "--compile", "clips")
+        compiled[stage] = {name for name, net in run.nets.items()
+                           if set(parallel.blocks_of(net)) <= seen}
+    assert compiled == {0: {"student"}, 1: {"student"}, 2: {"teacher", "fake"},
+                        3: {"teacher", "fake", "disc"}}
 
 
 def test_compiled_blocks_are_graphs(monkeypatch):
@@ -809,7 +832,7 @@ def test_training_runs_compiled_graphs(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=backend))
     torch._dynamo.reset()
     flags = small_wan_files(tmp_path)
-    train.main(["--out", str(tmp_path / "a"), *flags, "--compile", "--iters", "2"])
+    train.main(["--out", str(tmp_path / "a"), *flags, "--compile", "all", "--iters", "2"])
     assert 4 <= len(graphs) < torch._dynamo.config.recompile_limit
     train.main(["--out", str(tmp_path / "b"), *flags, "--iters", "2"])
     assert largest_difference(*(weights(tmp_path / name / "stage2") for name in "ab")) < 1e-5

@@ -47,7 +47,7 @@ RENAMED = {  # flag of earlier versions -> what it is called now
     "--r-sigma": "--r1r2-sigma", "--r-weight": "--r1r2-weight", "--recompute":
     "--activation-checkpointing", "--stop-motion": "--stop-spread",
     "--stop-distance": "--stop-spread", "--plan": "python experiments/plan.py",
-    "--warmup": "--lr-warmup"}
+    "--warmup": "--lr-warmup", "--no-compile": "--compile none"}
 
 
 def default_device():
@@ -278,10 +278,28 @@ def check_compiler(device):
     names = [os.environ.get(variable), *names] if os.environ.get(variable) else names
     found = [name for name in names if shutil.which(name)]
     require(found, f"--compile needs a compiler, and there is no {' or '.join(names)}: install "
-            f"one, name it in {variable}, or leave out --compile")
+            f"one, name it in {variable}, or use --compile none")
     works = subprocess.run([found[0], "--version"], capture_output=True).returncode == 0
     require(works, f"--compile needs a compiler, and {found[0]} --version fails: repair it, name "
-            f"another in {variable}, or leave out --compile")
+            f"another in {variable}, or use --compile none")
+
+
+def default_compile(cfg):
+    """What to compile of a stage without --compile: on a CPU networks that see whole clips, in
+    which stages of 200 steps win the half minute back; nothing if the compiler does not work, which
+    is tried. In rollouts there is a graph for every length of the cache: minutes, which a toy run
+    does not win back."""
+    if cfg.device != "cpu" or cfg.iters < 200:
+        return "none"
+    try:
+        check_compiler(cfg.device)
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8))
+    except Exception as error:  # whatever a compiler may lack: headers, OpenMP, a place to write
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"stage {cfg.stage} is not compiled, which makes it slower: {reason[0]}",
+              file=sys.stderr)
+        return "none"
+    return "clips"
 
 
 def check_choice(name, value, choices):
@@ -316,5 +334,6 @@ def validate(cfg):
     check_training(cfg)
     check_relatives(cfg)
     check_device(cfg.device)
-    if cfg.compile:
+    check_choice("compile", cfg.compile or "none", ("all", "clips", "none"))
+    if cfg.compile in ("all", "clips"):
         check_compiler(cfg.device)
