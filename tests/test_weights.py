@@ -779,6 +779,7 @@ def test_long_stages_on_a_cpu_are_compiled(monkeypatch, capsys):
     """The networks that see whole clips, where a compiler works: else a word, and no failure."""
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     assert default_compile(small_config(0, "--iters", 199)) == "none"
+    assert default_compile(small_config(2, "--iters", 200)) == "none"
     assert default_compile(small_config(0, "--iters", 200)) == "clips"
     for error in (RuntimeError("no Python.h\nand more"), RuntimeError()):
         monkeypatch.setattr(torch, "compile", Mock(side_effect=error))
