@@ -781,6 +781,9 @@ def test_long_stages_on_a_cpu_are_compiled(monkeypatch, capsys):
     assert default_compile(small_config(0, "--iters", 199)) == "none"
     assert default_compile(small_config(2, "--iters", 200)) == "none"
     assert default_compile(small_config(0, "--iters", 200)) == "clips"
+    with monkeypatch.context() as torchrun:
+        torchrun.setenv("RANK", "0")
+        assert default_compile(small_config(0, "--iters", 200)) == "none"
     for error in (RuntimeError("no Python.h\nand more"), RuntimeError()):
         monkeypatch.setattr(torch, "compile", Mock(side_effect=error))
         assert default_compile(small_config(0, "--iters", 200)) == "none"
