@@ -388,8 +388,6 @@ class PatchCodec:
 # ---------------------------------------------------------------- the command
 def main(argv=None):
     """Write a contact sheet of what training will see, and print the captions."""
-    argv = sys.argv[1:] if argv is None else argv
-    require(argv[:1] != ["encode"], "data.py encode is now python -m scale.encode")
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--preview", metavar="PNG", required=True, help="Contact sheet to write.")

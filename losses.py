@@ -7,6 +7,8 @@
 Clips are (b, f, c, h, w), times (b, f) in [0, 1], one per frame. A frame at t = 0 is conditioning
 (the given image): networks see it clean, no loss is taken on it. "Paper" is AAD-1 (2606.03972).
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -51,6 +53,17 @@ def add_noise(x0, eps, t):
 def x0_from_flow(x_t, v, t):
     """x0 = x_t - t v"""
     return x_t - expand_t(t) * v
+
+
+def ode_step(x_t, x0, t, t_next, before=None):
+    """The state at t_next < t of an ODE that is at x_t, where the network guesses its end x0.
+
+    Euler's step is x0 + (t_next / t) (x_t - x0). DPM-Solver++(2M) (2211.01095, algorithm 2) lets
+    the guess go on, in log((1 - t) / t), as it moved since `before`: (guess, time) of that step."""
+    if before is not None and before[1] < 1 and t_next > 0:  # where that is finite
+        old, now, then = (math.log((1 - s) / s) for s in (before[1], t, t_next))
+        x0 = x0 + (then - now) / (now - old) / 2 * (x0 - before[0])
+    return x0 + t_next / t * (x_t - x0)
 
 
 def guide(cond, uncond, scale):
@@ -164,12 +177,6 @@ def motion(x, lag=4):
     """Root mean square difference of frames `lag` apart; it falls when a student turns static."""
     lag = min(lag, x.shape[1] - 1)
     return (x[:, lag:] - x[:, :-lag]).detach().square().flatten(1).mean(1).sqrt().mean()
-
-
-def quarters(x):
-    """The mean of each quarter of a frame, (..., h, w) -> (..., 2, 2): where things are, however
-    sharp or blurred they look."""
-    return F.adaptive_avg_pool2d(x.flatten(0, -4), 2).view(*x.shape[:-2], 2, 2)
 
 
 # ---------------------------------------------------------------- stage 3

@@ -49,7 +49,7 @@ class Config(Shape):
     chunk: int = 3              # latent frames generated together
     sink: int = 1               # earliest frames, kept in the cache for ever
     window: int = 6             # latest frames kept in the cache, before the current chunk
-    shift: float = 8.0          # timestep shift s: t' = s t / (1 + (s - 1) t)
+    shift: float = 12.0         # timestep shift s: t' = s t / (1 + (s - 1) t)
     absolute_positions: bool = False  # positions are frame numbers of the video (Self Forcing)
 
 

@@ -7,6 +7,7 @@
 rollout() is the one function that generates videos chunk by chunk. Training (stages 2 and 3) and
 serving both call it, which closes the gap between training and use (Self Forcing, 2506.08009).
 """
+import functools
 import math
 import time
 from dataclasses import fields
@@ -15,9 +16,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from losses import add_noise, guide, make_timesteps, schedule, x0_from_flow
+from losses import add_noise, guide, make_timesteps, ode_step, schedule, x0_from_flow
 from model import Config, KVCache, build
-from utils.errors import catch_signals, friendly_errors, require
+from utils.errors import catch_signals, friendly_errors
 from utils.media import side_by_side, video_writer
 from utils.settings import synced_time
 from utils.weights import load_into
@@ -43,17 +44,18 @@ def with_cfg(model, text, scale, negative=None):
 
 @torch.no_grad()
 def sample_ode(velocity, noise, first, times, keep=()):
-    """Euler's method from noise to a clean clip that begins with `first` (b, k, c, h, w), k >= 0.
+    """The teacher's ODE, from noise to a clean clip that begins with `first` (b, k, c, h, w).
 
     times: from schedule(). Returns the clip (b, f, c, h, w) and a list of its states before the
     steps in `keep` (0-based)."""
-    k, kept = first.shape[1], []
+    k, kept, before = first.shape[1], [], None
     x = torch.cat([first, noise[:, k:]], 1)
     for i, (t, t_next) in enumerate(zip(times, [*times[1:], 0.0])):
         if i in keep:
             kept.append(x)
-        v = velocity(x, make_timesteps(t, x, k))
-        x = torch.cat([first, x[:, k:] + (t_next - t) * v[:, k:].to(x.dtype)], 1)
+        x0 = (x - t * velocity(x, make_timesteps(t, x, k)))[:, k:]
+        x = torch.cat([first, ode_step(x[:, k:], x0, t, t_next, before).to(x.dtype)], 1)
+        before = x0, t
     return x, kept
 
 
@@ -83,16 +85,14 @@ def context_pass(model, cache, x, text, level, randn, grad):
     cache.commit()
 
 
-def denoise(model, cache, x, text, times, randn, grad, ode):
+def denoise(network, x, times, randn, grad):
     """A chunk (b, chunk, c, h, w) from noise x: a pass at each time, a gradient in the last."""
     for i, t in enumerate(times):
         t, final = make_timesteps(t, x, 0), i == len(times) - 1
         with torch.set_grad_enabled(grad and final):
-            flow = model(x, t, text, cache=cache)
-            x0 = x0_from_flow(x, flow, t)
+            x0 = x0_from_flow(x, network(x, t), t)
         if not final:
-            noise = x0 + flow if ode else randn(x.shape[1])
-            x = add_noise(x0, noise, make_timesteps(times[i + 1], x, 0))
+            x = add_noise(x0, randn(x.shape[1]), make_timesteps(times[i + 1], x, 0))
     return x0
 
 
@@ -113,7 +113,7 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
                    below 0: chunks have no context pass, their last pass stays in the cache
     cache_grad     gradients also reach the weights through the context passes, which trains what
                    a chunk leaves for later chunks (Self Gradient Forcing, 2607.20368)
-    ode            between passes follow the flow (Euler's method) instead of adding new noise
+    ode            between passes follow the flow instead of adding new noise
     """
     cfg = model.cfg
     cache = KVCache(cfg.sink, cfg.window, not cfg.absolute_positions, not cache_grad)
@@ -137,7 +137,9 @@ def rollout(model, first, text, randn, frames, steps=1, exit_step=None, grad=Fal
         if exits[0] is not None:
             times = times[:exits[0] + 1]
         passes, exits = passes[1:] or passes, exits[1:] or exits  # the last serves all that follow
-        finished = denoise(model, cache, randn(cfg.chunk), words, times, randn, carries, ode)
+        network, noise = functools.partial(model, text=words, cache=cache), randn(cfg.chunk)
+        finished = (sample_ode(network, noise, noise[:, :0], times)[0] if ode else
+                    denoise(network, noise, times, randn, carries))
         done += cfg.chunk
         yield finished
 
@@ -209,9 +211,7 @@ def main(argv=None):
         with catch_signals() as received:
             for chunk in tqdm(chunks, unit="chunk"):
                 pixels = side_by_side(decode(chunk))[:frames - written]
-                require(chunk.isfinite().all() and pixels.isfinite().all(), f"{where} gives frames "
-                        "that are not finite (NaN): its weights or its VAE's are damaged, or "
-                        "overflow in half precision")
+                serve.check_frames(chunk, pixels, where)
                 drawn = synced_time(first.device)
                 write(pixels)
                 written += len(pixels)

@@ -31,7 +31,7 @@ from sample import rollout, with_cfg
 from scale.clips import StepClips, denoised_clip, make_trajectories, probe_spread
 from scale.parallel import averaged, on_rank0, processes, say, world
 from scale.pictures import draw_preview, draw_samples
-from scale.recipes import WAN_RECIPES, changes, control_of, stages_of
+from scale.recipes import WAN_RECIPES, changes, check_whole_recipe, control_of, stages_of
 from scale.run import Run, check_start, prepare
 from scale.state import export, load_state, save_state
 from utils.errors import catch_signals, friendly_errors, require
@@ -90,7 +90,7 @@ class TrainConfig(Config):
     teacher_forcing: float = 0.0    # share of steps in which chunks continue clean ones; 1: causal
     # stage 1: ODE initialisation
     trajectories: int = 2048        # teacher trajectories to regress on
-    ode_steps: int = 8              # Euler steps of a trajectory
+    ode_steps: int = 8              # passes of a trajectory
     ode_points: int = 4             # states of a trajectory that are kept
     ode_point_weights: tuple = (0.7, 0.1, 0.1, 0.1, 0.0)  # how often each; last: the clean end
     ode_context: str = "real"       # past of a chunk: real clip, clean end or noisy state (paper)
@@ -139,7 +139,7 @@ RECIPES = {  # preset -> stage -> what differs from the defaults; docs/results.m
     "toy": {
         0: dict(iters=4000, muon_lr=0.04, lr_warmup=30, lr_decay=0.4, ema=0.99,
                 teacher_forcing=0.25),
-        1: dict(iters=1000, muon_lr=0.01, lr_decay=0.5, ode_steps=16),
+        1: dict(iters=1000, muon_lr=0.01, lr_decay=0.5),
         2: dict(iters=320, dmd_weight=1.0, lr=6e-4, betas=(0.5, 0.99), lr_warmup=15, lr_decay=0.5,
                 ema=0.97, cache_grad=True, ode_anchor=0.15),
         3: dict(iters=270, gan_weight=1.0, dmd_weight=1.0, lr=5e-5, betas=(0.0, 0.99),
@@ -529,11 +529,7 @@ def main(argv=None):
     control, stage = overrides.pop("control", False), overrides.get("stage", -1)
     with friendly_errors():
         with processes(overrides.get("device")):
-            whole = stage == -1 and overrides.get("recipe", "aad-1") == "aad-1"
-            require(whole or not control, "--control is for the whole recipe of AAD-1: leave out "
-                    "--stage and --recipe")
-            require(stage != -1 or not {"tag", "init"} & overrides.keys(), "--tag and --init "
-                    "belong to one stage: add --stage")
+            check_whole_recipe(overrides, control)
             overrides["preset"] = inferred_preset(overrides)
             configs = [make_config(given, n) for n, given in stages_of(overrides)]
             if control:

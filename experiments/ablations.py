@@ -56,10 +56,12 @@ class Row:
 
 REAL = Row("real clips through the codec", "real")
 TEACHER = Row("teacher, 8 passes a clip", "stage0")
-STAGE1 = Row("stage 1", "stage1", after="stage0")
+CAUSAL = Row("causal teacher, 8 passes a chunk", "stage0-causal-teacher",
+             "--recipe causal-teacher", "stage0")
+STAGE1 = Row("stage 1", "stage1", after="stage0-causal-teacher")
 STAGE2 = Row("stage 2", "stage2", after="stage1")
 STAGE3 = Row("stage 3", "stage3", after="stage2")
-RECIPE = [REAL, TEACHER, STAGE1, STAGE2, STAGE3]
+RECIPE = [REAL, TEACHER, CAUSAL, STAGE1, STAGE2, STAGE3]
 ON = "--student-start 0 --stop-spread 0 --init {out}/stage2"
 CONTROL = Row("control: stage 2 trained on, as many steps", "stage2-control", f"--iters 150 {ON}",
               "stage2")
@@ -113,27 +115,27 @@ PARTS = [  # of stages 2 and 3, one change at a time
 FIRST = (4, 1), (4, 2)  # First-Frame Enhancement
 STARTS = [  # the rows of the family that others start from
     started("clean")[0],
-    Row("causal teacher", "stage0-causal-teacher", "--recipe causal-teacher", "stage0"),
-    Row("stage 1, causal teacher", "stage1-causal-teacher", "--recipe causal-teacher",
-        "stage0-causal-teacher"),
+    Row("stage 1, one teacher", "stage1-one-teacher",
+        "--init {out}/stage0 --teacher {out}/stage0", "stage0"),
     # the teacher continues chunks of three frames, so a frame at a time is learnt from whole clips
     Row("stage 1, frame by frame", "stage1-frame", "--chunk 1 --ode-context clean", "stage0"),
 ]
-CAUSAL = [  # AAD-1 from a causal teacher's stage 1
-    Row("stage 2, causal teacher", "stage2-causal-start", "--init {out}/stage1-causal-teacher",
-        "stage1-causal-teacher"),
-    Row("stage 3, causal teacher", "stage3-causal-start", "--init {out}/stage2-causal-start",
-        "stage2-causal-start"),
-    Row("control, causal teacher", "stage2-causal-control", f"--iters 150 {ON}-causal-start",
-        "stage2-causal-start"),
+ONE_TEACHER = [  # AAD-1 from a stage 1 whose teacher learnt both tasks at once
+    Row("stage 2, one teacher", "stage2-one-teacher", "--init {out}/stage1-one-teacher",
+        "stage1-one-teacher"),
+    Row("stage 3, one teacher", "stage3-one-teacher", "--init {out}/stage2-one-teacher",
+        "stage2-one-teacher"),
+    Row("control, one teacher", "stage2-one-teacher-control",
+        f"--iters 150 {ON}-one-teacher", "stage2-one-teacher"),
 ]
 FRAMES = "--chunk 1 --grad-chunks 7 --no-cache-grad"  # with that gradient it collapses
 FAMILY = [
     *RECIPE, *STARTS,
-    Row("stage 1, consistency", "stage1-consistency", "--recipe consistency", "stage0"),
+    Row("stage 1, consistency", "stage1-consistency", "--recipe consistency",
+        "stage0-causal-teacher"),
     Row("stage 2, at 4 1", "stage2", after="stage2", steps=(4, 1)),
     Row("stage 3, at 4 1", "stage3", after="stage3", steps=(4, 1)),
-    *CAUSAL, PURE2, Row("stage 2 without anchor, at 4 1", "stage2-pure", "--ode-anchor 0",
+    *ONE_TEACHER, PURE2, Row("stage 2 without anchor, at 4 1", "stage2-pure", "--ode-anchor 0",
                "stage2-pure", (4, 1)),
     *relative("self-forcing", (1,), (2,), *FIRST),
     *relative("self-forcing", tag="self-forcing-nocache", flags="--no-cache-grad",

@@ -157,7 +157,8 @@ LEVELS = r",\,".join(f"{t:.2g}" for t in schedule(TrainConfig.ode_points, Config
 DISTANCE = r"\|\,G(\epsilon, 1) - x_{\mathrm{end}}\,\|^2"
 ANCHOR = rf"$+\;{RECIPES['toy'][2]['ode_anchor']:g}\;{DISTANCE}$"
 RECIPE = [  # of every stage its networks, data and [(loss, formula)]
-    (["teacher trained"], "clips with captions, whole, or\nin chunks after a clean past",
+    (["teacher trained", "causal teacher trained"],
+     "clips with captions, whole, or\nin chunks after a clean past",
      [("flow matching", r"$\|\,v(x_t, t) - (\epsilon - x_0)\,\|^2$"),
       ("where", r"$x_t = (1 - t)\,x_0 + t\,\epsilon$")]),
     (["student trained", "teacher frozen"],
@@ -369,7 +370,7 @@ LABELS = {  # what front() names: (folder, passes) -> words, and where they stan
     ("stage0", ()): ("teacher", 7, -3, "left"),
     ("stage0-causal-teacher", ()): ("causal teacher", 7, -3, "left"),
     ("stage1", ()): ("stage 1", 7, -3, "left"),
-    ("stage1-causal-teacher", ()): ("stage 1, causal teacher", 2, -11, "left"),
+    ("stage1-one-teacher", ()): ("stage 1, one teacher", 2, -11, "left"),
     ("stage1-consistency", ()): ("consistency", 0, 7, "right"),
     ("stage2", ()): ("stage 2", 3, 7, "left"),
     ("stage2-control", ()): ("+ 150 steps", 7, -5, "left"),
@@ -377,8 +378,8 @@ LABELS = {  # what front() names: (folder, passes) -> words, and where they stan
     ("stage2-pure", ()): ("stage 2 without anchor", 7, -3, "left"),
     ("stage2-lowa0", ()): ("stage 2, low levels, no anchor", 7, -3, "left"),
     ("stage2-nocache", ()): ("stage 2, no cache gradient", 4, -11, "right"),
-    ("stage2-causal-start", ()): ("stage 2, causal teacher", -7, -3, "right"),
-    ("stage3-causal-start", ()): ("stage 3, causal teacher", -2, 7, "center"),
+    ("stage2-one-teacher", ()): ("stage 2, one teacher", -7, -3, "right"),
+    ("stage3-one-teacher", ()): ("stage 3, one teacher", -2, 7, "center"),
     ("stage2-causvid", (1,)): ("CausVid, 1 pass", 7, -3, "left"),
     ("stage3", ()): ("stage 3", 4, 6, "left"),
     ("stage3", (4,)): ("stage 3 at 4 passes", 4, 7, "right"),

@@ -4,6 +4,7 @@ import functools
 from dataclasses import asdict, replace
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import losses as L
@@ -134,6 +135,12 @@ def sample_clips(run, name, batch, draws, steps=None):
                         lambda n: draws.randn(n, *batch.x0.shape[2:]), cfg.frames, steps)
 
 
+def quarters(x):
+    """The mean of each quarter of a frame, (..., h, w) -> (..., 2, 2): where things are, however
+    sharp or blurred they look."""
+    return F.adaptive_avg_pool2d(x.flatten(0, -4), 2).view(*x.shape[:-2], 2, 2)
+
+
 @torch.no_grad()
 def probe_spread(run, images=16, seeds=4):
     """How far clips of one image differ by seed: the root of the variance of the last chunk's
@@ -146,5 +153,5 @@ def probe_spread(run, images=16, seeds=4):
         batch = run.batch(part, "probe")
         draws = [Draws(part, "probe", seed, device=run.device) for seed in range(seeds)]
         clips = [sample_clips(run, "student", batch, d)[:, -run.cfg.chunk:] for d in draws]
-        ends.append(L.quarters(torch.stack(clips)).var(0))
+        ends.append(quarters(torch.stack(clips)).var(0))
     return torch.cat(ends).mean().sqrt().item()

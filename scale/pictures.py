@@ -37,7 +37,7 @@ def draw_samples(run):
 
 def draw_preview(run):
     """Every --preview-every steps, samples.png anew: side by side, with a white frame between, real
-    clips and the same images at 1, 2 and 4 passes a chunk (a teacher: Euler steps of the clip).
+    clips and the same images at 1, 2 and 4 passes a chunk (a teacher: passes over the clip).
 
     Random numbers belong to clips, so training does not notice."""
     cfg = run.cfg

@@ -49,9 +49,7 @@ _TOY_FAMILY = {
     "one-forcing": {2: _SHARED},
     "asd": {2: dict(_ASD, disc_lr=4e-4)},
     "diagonal": {2: dict(_DIAGONAL, student_steps=(4, 3, 2))},  # a clip of the toy has 3 chunks
-    "causal-teacher": {
-        0: dict(teacher_forcing=1.0, init="{teacher}", iters=800, muon_lr=0.01),
-        1: dict(ode_context="real", teacher="{out}/stage0-causal-teacher")},
+    "causal-teacher": {0: dict(teacher_forcing=1.0, init="{teacher}", iters=800, muon_lr=0.01)},
     "consistency": {1: dict(ode_target="consistency")},
     "no-context": {2: dict(context_level=-1.0), 3: dict(context_level=-1.0)},
 }
@@ -68,8 +66,7 @@ _WAN_FAMILY = {
     "causal-teacher": {
         0: dict(teacher_forcing=1.0, init="{teacher}", iters=2000, batch_size=64, lr=2e-6,
                 betas=(0.9, 0.999)),
-        1: dict(ode_context="real", ode_point_weights=(0.7, 0.1, 0.1, 0.1, 0.0),
-                teacher="{out}/stage0-causal-teacher")},
+        1: dict(ode_context="real", ode_point_weights=(0.7, 0.1, 0.1, 0.1, 0.0))},
 }
 FAMILY = {"toy": _TOY_FAMILY, "wan-1.3b": _WAN_FAMILY, "wan-14b": _WAN_FAMILY}
 
@@ -98,15 +95,31 @@ def relative(given):
     return family[recipe]
 
 
+def check_whole_recipe(given, control):
+    """UsageError for flags that belong to one stage, or to the whole recipe, where it is not."""
+    stage, recipe = given.get("stage", -1), given.get("recipe", "aad-1")
+    require(not control or stage == -1 and recipe == "aad-1", "--control is for the whole recipe "
+            "of AAD-1: leave out --stage and --recipe")
+    require(stage != -1 or not {"tag", "init"} & given.keys(), "--tag and --init belong to one "
+            "stage: add --stage")
+
+
 def stages_of(given):
     """[(stage, settings)] to train: one, or all of a recipe, first AAD-1's as far as they are the
-    same. A teacher that was given is not trained."""
-    if given.get("stage", -1) != -1 or given.get("preset", "toy") not in FAMILY:
+    same. A teacher that was given is not trained; the causal one that stage 1 learns from is."""
+    preset = given.get("preset", "toy")
+    if given.get("stage", -1) != -1 or preset not in FAMILY:
         return [(given.get("stage", 0), given)]
     own, plain = relative(given), {k: v for k, v in given.items() if k != "recipe"}
     stages = [(n, plain) for n in range("teacher" in given, max(1, min(own, default=4)))]
-    for n in own:  # a recipe may bring a teacher of its own
-        stages.append((n, {k: v for k, v in given.items() if k != "teacher" or k not in own[n]}))
+    stages += [(n, given) for n in own]
+    numbers, usual = [n for n, _ in stages], WAN_RECIPES.get(preset, {1: {}})[1]
+    settings = {"ode_context": "real", **usual, **own.get(1, {}), **given}
+    if 1 in numbers and settings["ode_context"] == "real":
+        one = numbers.index(1)
+        stages[one] = 1, {k: v for k, v in stages[one][1].items() if k != "teacher"}
+        if 0 not in own:
+            stages.insert(one, (0, {**plain, "recipe": "causal-teacher"}))
     return stages
 
 

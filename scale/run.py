@@ -397,8 +397,9 @@ def check_teacher(cfg, path):
     clips, or both (--teacher-forcing)."""
     forcing = (read_settings(path) or {}).get("teacher_forcing", 0.0)
     continues = cfg.stage == 1 and cfg.ode_context == "real"
-    require(forcing or not continues, f"{path} has not learnt to continue clips: train it with "
-            "--teacher-forcing, or use --ode-context clean or noisy")
+    require(forcing or not continues, f"{path} has not learnt to continue clips: train a teacher "
+            f"from it that has (--stage 0 --recipe causal-teacher) and name that with --teacher, "
+            "or use --ode-context clean or noisy")
     require(forcing < 1 or continues, f"{path} is a causal teacher, which makes no whole clips: "
             "name a bidirectional one with --teacher, or use it in stage 1 with --ode-context real")
 

@@ -29,7 +29,7 @@ _FORCED = dict(chunk=3, sink=0, window=18, absolute_positions=True, context_leve
 STUDENTS = {  # published students: how they were trained to stream; CausVid's times are its own
     "self-forcing": dict(_FORCED, shift=5.0, student_steps=4),
     "causvid": dict(_FORCED, shift=8.0, student_steps=(1.0, 0.757, 0.522))}
-TEACHERS = {  # how the official repository samples its network at 480p; the solver here is Euler's
+TEACHERS = {  # how the official repository samples its network at 480p
     "wan-1.3b": dict(guidance=6.0, shift=8.0), "wan-14b": dict(guidance=5.0, shift=5.0)}
 
 
@@ -320,6 +320,12 @@ def seeded_noise(first, seed):
         return torch.stack(rows).to(first.device)
 
     return randn
+
+
+def check_frames(chunk, pixels, where):
+    """UsageError for frames that are not finite."""
+    require(chunk.isfinite().all() and pixels.isfinite().all(), f"{where} gives frames that are "
+            "not finite (NaN): its weights or its VAE's are damaged, or overflow in half precision")
 
 
 def steps_of(args):

@@ -132,9 +132,11 @@ def timeless(folder):
 
 def command(small_run, stage, *flags):
     """train.py's arguments for one stage that starts from the small run."""
-    start = ["--init", str(small_run / f"stage{stage - 1}")] if stage else []
-    return ["--stage", str(stage), *start, "--teacher", str(small_run / "stage0"), *SMALL,
-            *map(str, flags)]
+    continues = stage == 1 and not {"clean", "noisy"} & set(flags)
+    teacher = small_run / ("stage0-causal-teacher" if continues else "stage0")
+    before = teacher if stage == 1 else small_run / f"stage{stage - 1}"
+    start = ["--init", str(before)] if stage else []
+    return ["--stage", str(stage), *start, "--teacher", str(teacher), *SMALL, *map(str, flags)]
 
 
 def largest_difference(one, two):

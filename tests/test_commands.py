@@ -268,8 +268,9 @@ def test_a_small_table(small_run, quick_scores, tmp_path, monkeypatch, capsys):
                *"--clips 2 --jobs 1 --iters 3".split(), *SMALL]
     ablations.main(command)
     scored = "ablations.py /seed0/{}/scores-report{}.json".format
-    assert done == ["train.py 0", scored("stage0", ""), scored("real", ""), "train.py 1",
-                    scored("stage1", ""), "train.py 2", scored("stage2", ""), "train.py 2",
+    assert done == ["train.py 0", scored("stage0", ""), scored("real", ""), "train.py 0",
+                    scored("stage0-causal-teacher", ""), "train.py 1", scored("stage1", ""),
+                    "train.py 2", scored("stage2", ""), "train.py 2",
                     scored("stage2-control", ""), "train.py 2", scored("stage2", "-steps2")]
     said = capsys.readouterr().out
     names = [ablations.REAL.name, ablations.CONTROL.name, "at 2 passes"]
@@ -280,7 +281,7 @@ def test_a_small_table(small_run, quick_scores, tmp_path, monkeypatch, capsys):
     last = said.splitlines()[-len(names):]
     for again in (command, [*command[:6], "--print"]):
         ablations.main(again)
-        assert len(done) == 11
+        assert len(done) == 13
         assert last == capsys.readouterr().out.splitlines()[-len(names):]
 
 
@@ -300,10 +301,10 @@ def test_shortened_recipe_end_to_end(tmp_path):
     """The default recipe, shortened to a few minutes: the teacher learns to move and to turn, stage
     2 mends what stage 1 breaks."""
     out = ["--out", str(tmp_path), "--eval-clips", "64"]
-    shorter = {0: "--iters 800", 1: "--iters 150 --trajectories 256", 2: "--iters 120",
-               3: "--iters 80 --student-start 40"}
-    for stage, flags in shorter.items():
-        train.main([*out, "--stage", str(stage), *flags.split()])
+    for flags in ("0 --iters 800", "0 --recipe causal-teacher --iters 100",
+                  "1 --iters 150 --trajectories 256", "2 --iters 120",
+                  "3 --iters 80 --student-start 40"):
+        train.main([*out, "--stage", *flags.split()])
     real, *scores = (json.loads((tmp_path / name / "metrics.json").read_text())
                      for name in ("real", "stage0", "stage1", "stage2", "stage3"))
     assert scores[0]["caption_agreement"] > 0.6 and scores[0]["quality_error"] < 0.15

@@ -89,7 +89,11 @@ def test_captions_that_change():
     """Every pass sees its chunk's text, the context pass that of the chunk it closes."""
     net, settings, first, text = shipped()
     seen = []
-    hook = net.register_forward_pre_hook(lambda _, args: seen.append(int(args[2][0, 0, 0])))
+
+    def see(_, args, named):
+        seen.append(int([*args[2:], *named.values()][0][0, 0, 0]))
+
+    hook = net.register_forward_pre_hook(see, with_kwargs=True)
     texts = {0: 0, 1: 1, 4: 2, 7: 3}
     randn = serve.seeded_noise(first, 0)
     list(sample.generate_chunks(net, settings, first, lambda frame: 0 * text + texts[frame], randn,

@@ -23,7 +23,7 @@ import sample
 import train
 from experiments import evaluate, plan
 from scale import parallel, state
-from scale.clips import make_trajectories, open_dataset
+from scale.clips import make_trajectories, open_dataset, quarters
 from scale.run import Run, prepare
 from tests.common import (HERE, SMALL, Known, colour_clip, command, flow_to, largest_difference,
                           logs, recorded, rehearsal, several_processes, small_config, timeless,
@@ -43,12 +43,13 @@ def test_every_stage_leaves_its_files_and_learns(small_run, capsys):
         assert len(logs(folder)) == 3
         assert json.loads((folder / "config.json").read_text())["stage"] == stage
         if stage:
-            before = load_file(folder.parent / f"stage{stage - 1}" / "ema.safetensors")
+            before = f"stage{stage - 1}" if stage > 1 else "stage0-causal-teacher"
+            before = load_file(folder.parent / before / "ema.safetensors")
             after = weights(folder)
             assert max((after[k] - before[k]).abs().max() for k in after) > 0
     # the same command again keeps all of it
     train.main(["--out", str(small_run), "--iters", "3", *SMALL])
-    assert capsys.readouterr().out.count("is finished and kept") == 4
+    assert capsys.readouterr().out.count("is finished and kept") == 5
 
 
 def test_a_later_fake_score_goes_on_where_it_was(small_run, tmp_path):
@@ -324,12 +325,13 @@ def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, message):
 
 def test_weights_that_changed_since_are_noticed(small_run, tmp_path, capsys):
     """A finished stage is not kept in silence when what it started from has been trained again."""
-    for name in ("stage0", "stage1"):
+    teacher = tmp_path / "stage0-causal-teacher"
+    for name in (teacher.name, "stage1"):
         shutil.copytree(small_run / name, tmp_path / name)
     train.main(["--out", str(tmp_path), "--stage", "1", "--iters", "3", *SMALL])
     assert "is finished and kept" in capsys.readouterr().out
-    save_file({k: v + 1 for k, v in load_file(tmp_path / "stage0/ema.safetensors").items()},
-              tmp_path / "stage0/ema.safetensors")
+    save_file({k: v + 1 for k, v in load_file(teacher / "ema.safetensors").items()},
+              teacher / "ema.safetensors")
     with pytest.raises(SystemExit):
         train.main(["--out", str(tmp_path), "--stage", "1", "--iters", "3", *SMALL])
     assert "was started from other weights" in capsys.readouterr().err
@@ -350,7 +352,7 @@ def test_what_is_finished_is_not_lost(small_run, tmp_path, capsys):
     shutil.copytree(small_run, tmp_path, dirs_exist_ok=True)
     (tmp_path / "stage0" / "metrics.json").unlink()  # killed while it was scored
     train.main(["--out", str(tmp_path), "--iters", "3", *SMALL])
-    assert capsys.readouterr().out.count("is finished and kept") == 3
+    assert capsys.readouterr().out.count("is finished and kept") == 4
     assert (tmp_path / "stage0" / "metrics.json").is_file()
     for flags in (["--data", "nowhere"], ["--in-dim", "100", "--out-dim", "100"]):
         with pytest.raises(SystemExit):
@@ -365,7 +367,7 @@ def test_what_is_finished_is_not_lost(small_run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.main(["--out", str(tmp_path), "--iters", "3", *SMALL])
     # nobody said that they may go
-    assert "stage1 was started from other weights" in capsys.readouterr().err
+    assert "stage0-causal-teacher was started from other weights" in capsys.readouterr().err
     assert all(torch.equal(before[k], w) for k, w in weights(tmp_path / "stage1").items())
     (tmp_path / "stage2" / "fake.safetensors").write_bytes(b"no weights")
     with pytest.raises(SystemExit):
@@ -563,6 +565,7 @@ def test_without_an_image(small_run, tmp_path, capsys):
     """--first 0: a video from the caption alone."""
     flags = ["--out", str(tmp_path), *SMALL, *"--first 0 --frames 6 --iters 2".split()]
     train.main(["--stage", "0", *flags])
+    train.main(["--stage", "0", "--recipe", "causal-teacher", *flags])
     train.main(["--stage", "1", *flags])
     sample.main(["--weights", str(tmp_path / "stage1"), "--prompt", "red disc", "--frames", "9",
                  "--out", str(tmp_path / "a.gif")])
@@ -675,8 +678,8 @@ def test_the_probe_sees_where_things_are_not_how_sharp():
 
     sharp, near = frames(paths), frames(middle + (paths - middle) / 2)
     soft = blurred(sharp)
-    assert spread(L.quarters(soft)) == pytest.approx(spread(L.quarters(sharp)), rel=0.15)
-    assert spread(L.quarters(near)) == pytest.approx(spread(L.quarters(sharp)) / 2, rel=0.2)
+    assert spread(quarters(soft)) == pytest.approx(spread(quarters(sharp)), rel=0.15)
+    assert spread(quarters(near)) == pytest.approx(spread(quarters(sharp)) / 2, rel=0.2)
     assert spread(soft) < 0.8 * spread(sharp)
 
 
@@ -891,7 +894,7 @@ def test_control_trains_stage_two_on_for_as_many_steps(small_run, tmp_path, caps
     settings = json.loads((tmp_path / "stage2-control/config.json").read_text())
     on = logs(tmp_path / "stage2-control")
     three = logs(tmp_path / "stage3")
-    assert capsys.readouterr().out.count("is finished and kept") == 4
+    assert capsys.readouterr().out.count("is finished and kept") == 5
     assert len(on) == 2 and all("grad" in line for line in on)
     assert sum("grad" in line for line in three) == 2
     assert settings["stage"] == 2 and settings["init"] == str(tmp_path / "stage2")

@@ -105,7 +105,7 @@ def test_passes_per_chunk_may_be_a_list():
     """4 1: First-Frame Enhancement."""
     _, shown = rolled(tiny(frames=10), steps=[4, 1])
     passes = [call.t[0, 0].item() for call in shown if call.t[0, 0] > 0]
-    assert passes == pytest.approx([*L.schedule(4, 8.0), 1.0, 1.0])
+    assert passes == pytest.approx([*L.schedule(4, 12.0), 1.0, 1.0])
 
 
 @pytest.mark.parametrize("steps, chunks", [
@@ -117,7 +117,7 @@ def test_numbers_of_passes_and_their_times_are_told_apart(steps, chunks):
     _, shown = rolled(tiny(frames=10), steps=steps)
     passes = [call.t[0, 0].item() for call in shown if call.t[0, 0] > 0]
     times = [t for chunk in chunks
-             for t in (L.schedule(chunk, 8.0) if isinstance(chunk, int) else chunk)]
+             for t in (L.schedule(chunk, 12.0) if isinstance(chunk, int) else chunk)]
     assert passes == pytest.approx(times)
 
 
@@ -133,13 +133,13 @@ def test_passes_that_are_asked_for_replace_those_of_training(stage, chunks):
         sample.generate(net, settings, x[:, :1], text, lambda n: torch.randn(2, n, 4, 4, 4), 7,
                         asked)
         passes = [call.t[0, -1].item() for call in calls if call.t[0, -1] > 0]
-        assert passes == pytest.approx(L.schedule(made, 8.0) * chunks)
+        assert passes == pytest.approx(L.schedule(made, 12.0) * chunks)
 
 
 def test_passes_of_chunks_are_no_times():
     """Of a teacher, say, which has one chunk: the number 4 is not the noise level 4."""
     with pytest.raises(AssertionError, match="numbers of passes, or times"):
-        sample.times_of([4], 8.0)
+        sample.times_of([4], 12.0)
 
 
 def test_without_context_passes_there_are_none():

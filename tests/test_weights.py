@@ -505,7 +505,7 @@ def test_a_recipe_is_that_of_the_inferred_preset(tmp_path, monkeypatch):
     assert [(cfg.stage, cfg.preset, cfg.batch_size) for cfg in configs] == [
         (0, "wan-14b", 64), (1, "wan-14b", 64)]
     assert configs[0].init == str(folder)
-    assert configs[1].teacher == str(tmp_path / "out" / "stage0-causal-teacher")
+    assert runs.start_from(configs[1])[1] == tmp_path / "out" / "stage0-causal-teacher"
 
 
 # ---------------------------------------------------------------- teacher and student

@@ -16,6 +16,7 @@ from utils.files import atomic_write, listing_of, lock_file, read_json, write_js
 from utils.layouts import files_of, listed, network_folder, one_deeper, weight_files
 from utils.tracking import open_tracker
 
+CAUSAL_TEACHER = "stage0-causal-teacher"  # of a run whose recipe has one
 SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "student"
 
 # Settings that may change when a stage is resumed: they do not change its numbers.
@@ -34,8 +35,10 @@ def starts_from_weights(cfg):
 
 
 def start_from(cfg):
-    """Folders of the student's and the teacher's weights that a stage starts from."""
-    teacher = Path(cfg.teacher or Path(cfg.out) / "stage0")
+    """Folders of the student's and the teacher's weights that a stage starts from. Stage 1 learns
+    from a causal teacher, if chunks of its trajectories continue real clips."""
+    continues = cfg.stage == 1 and cfg.ode_context == "real"
+    teacher = Path(cfg.teacher or Path(cfg.out) / (CAUSAL_TEACHER if continues else "stage0"))
     if cfg.stage == 0:  # a teacher has no teacher
         teacher = Path(cfg.init or teacher)
     before = teacher if cfg.stage < 2 else Path(cfg.out) / f"stage{cfg.stage - 1}"
@@ -84,8 +87,9 @@ def read_settings(folder):
         missing = [field.name for field in fields(Config) if field.name not in settings]
         require(not missing, f"{config} lacks {', '.join(missing)}: train the stage again")
         return {**settings, "where": "assets/student" if folder == SHIPPED else str(folder)}
+    stage = "0 --recipe causal-teacher" if folder.name == CAUSAL_TEACHER else "N"
     require(folder.exists(), f"{folder} does not exist: check the path, or train the stage first "
-            "(python train.py --stage N)")
+            f"(python train.py --stage {stage})")
     inner = network_folder(folder) if folder.is_dir() else folder
     repository = (folder / "model_index.json").is_file() and not weight_files(inner)
     require(not repository, f"{folder} lacks the network, its folder transformer: download the "
@@ -153,10 +157,17 @@ def saved_states(folder):
     return sorted(found, reverse=True)
 
 
-def same_setting(name, old, new):
-    """Whether a setting is what it was; paths may be written differently."""
+def placed(path, out):
+    """A path; within a run its place there, since the run may have moved."""
+    path, out = Path(path).resolve(), Path(out).resolve()
+    return path.relative_to(out) if path.is_relative_to(out) else path
+
+
+def same_setting(name, old, new, outs):
+    """Whether a setting is what it was; paths may be written differently. outs: the folders of the
+    run, then and now."""
     if name in ("data", "init", "teacher", "real_score") and old and new:
-        return Path(old).resolve() == Path(new).resolve()
+        return placed(old, outs[0]) == placed(new, outs[1])
     return old == new or [old] == new  # one number where a list is allowed now
 
 
@@ -183,9 +194,9 @@ def decide_resume(cfg, defaults):
         return "train"
     known = {**as_json(defaults), **before}
     for name, value in as_json(cfg).items():
-        require(name in FREE or same_setting(name, known[name], value), f"{folder} was trained "
-                f"with {name} {known[name]!r}, now it is {value!r}: choose another --out or --tag "
-                "to keep it, or --no-resume to train it again")
+        same = name in FREE or same_setting(name, known[name], value, (known["out"], cfg.out))
+        require(same, f"{folder} was trained with {name} {known[name]!r}, now it is {value!r}: "
+                "choose another --out or --tag to keep it, or --no-resume to train it again")
     origin, sources = origins(cfg), " and ".join(map(str, start_from(cfg)))
     require(known.get("origin", origin) == origin, f"{folder} was started from other weights than "
             f"those that are now in {sources}: --no-resume trains it again, another --out or --tag "
