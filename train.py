@@ -142,9 +142,9 @@ RECIPES = {  # preset -> stage -> what differs from the defaults; docs/results.m
         1: dict(iters=1000, muon_lr=0.01, lr_decay=0.5),
         2: dict(iters=320, dmd_weight=1.0, lr=6e-4, betas=(0.5, 0.99), lr_warmup=15, lr_decay=0.5,
                 ema=0.97, cache_grad=True, ode_anchor=0.15),
-        3: dict(iters=270, gan_weight=1.0, dmd_weight=1.0, lr=5e-5, betas=(0.0, 0.99),
+        3: dict(iters=270, gan_weight=1.0, dmd_weight=4.0, lr=5e-5, betas=(0.0, 0.99),
                 lr_warmup=15, lr_decay=0.5, ema=0.97, disc_lr=4e-4, backbone_lr=2e-4,
-                disc_updates=1, student_start=120, gan_t_max=0.3),
+                disc_updates=1, student_start=120, gan_t_max=0.15),
     },
     **WAN_RECIPES,
 }

@@ -161,7 +161,7 @@ RECIPE = [  # of every stage its networks, data and [(loss, formula)]
      "clips with captions, whole, or\nin chunks after a clean past",
      [("flow matching", r"$\|\,v(x_t, t) - (\epsilon - x_0)\,\|^2$"),
       ("where", r"$x_t = (1 - t)\,x_0 + t\,\epsilon$")]),
-    (["student trained", "teacher frozen"],
+    (["student trained", "causal teacher frozen"],
      "the teacher's ODE paths, of\nchunks that follow real clips",
      [("regression to the path's end", r"$\|\,G(x_t, t) - x_{\mathrm{end}}\,\|^2$"),
       ("own level a chunk, clean past", rf"$t \in \{{{LEVELS}\}}$")]),
@@ -173,8 +173,8 @@ RECIPE = [  # of every stage its networks, data and [(loss, formula)]
       "real score frozen"],
      "rollouts $x$, and real clips\nof the same first frames",
      [("student", r"$\mathrm{softplus}(-D(x))$"),
-      ("and against, as in stage 2", r"$(x_{\mathrm{fake}} - x_{\mathrm{real}})\,/\,\mathrm{mean}"
-       r"|x - x_{\mathrm{real}}|$"),
+      ("and against, as in stage 2", rf"${RECIPES['toy'][3]['dmd_weight']:g}\;"
+       r"(x_{\mathrm{fake}} - x_{\mathrm{real}})\,/\,\mathrm{mean}|x - x_{\mathrm{real}}|$"),
       ("discriminator", r"$\mathrm{softplus}(-D(\mathrm{real}))$" "\n"
        r"$+\;\mathrm{softplus}(D(x)) + \lambda (R_1 + R_2)$")])]
 COLUMN, GAP, FLOOR = 190, 43, 372  # width of a stage's box, space between two, lower edge
@@ -218,10 +218,10 @@ def recipe(assets, _):
             say(ax, x - GAP / 2, 69 - 12 * i, name, 6, ha="center")
     anchors = [(left[2] + 100, "for the anchor")]
     draw_bus(ax, FLOOR + 24, left[1] + 100, "ODE paths", anchors, ORANGE)
-    starts = ["the student's start", "real score, fake score's start",
+    starts = ["causal: the student's start", "real score, fake score's start",
               "real score, backbone's start"]
     starts = zip([x + 20 for x in left[1:]], starts)
-    draw_bus(ax, FLOOR + 50, left[0] + 20, "the teacher's weights", starts, BLUE)
+    draw_bus(ax, FLOOR + 50, left[0] + 20, "the teachers' weights", starts, BLUE)
     save(page, assets, "recipe")
 
 
