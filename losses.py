@@ -55,12 +55,13 @@ def x0_from_flow(x_t, v, t):
     return x_t - expand_t(t) * v
 
 
-def ode_step(x_t, x0, t, t_next, before=None):
+def solver_step(x_t, x0, t, t_next, before=None):
     """The state at t_next < t of an ODE that is at x_t, where the network guesses its end x0.
 
-    Euler's step is x0 + (t_next / t) (x_t - x0). DPM-Solver++(2M) (2211.01095, algorithm 2) lets
-    the guess go on, in log((1 - t) / t), as it moved since `before`: (guess, time) of that step."""
-    if before is not None and before[1] < 1 and t_next > 0:  # where that is finite
+    Euler's step is x0 + (t_next / t) (x_t - x0). DPM-Solver++(2M) (2211.01095, algorithm 2) before
+    that extrapolates x0, linearly in log((1 - t) / t), from `before`, the last (guess, time). Where
+    the logarithm is infinite, in the first two steps and the last, Euler's is left."""
+    if before is not None and before[1] < 1 and t_next > 0:
         old, now, then = (math.log((1 - s) / s) for s in (before[1], t, t_next))
         x0 = x0 + (then - now) / (now - old) / 2 * (x0 - before[0])
     return x0 + t_next / t * (x_t - x0)

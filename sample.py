@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from losses import add_noise, guide, make_timesteps, ode_step, schedule, x0_from_flow
+from losses import add_noise, guide, make_timesteps, schedule, solver_step, x0_from_flow
 from model import Config, KVCache, build
 from utils.errors import catch_signals, friendly_errors
 from utils.media import side_by_side, video_writer
@@ -44,17 +44,16 @@ def with_cfg(model, text, scale, negative=None):
 
 @torch.no_grad()
 def sample_ode(velocity, noise, first, times, keep=()):
-    """The teacher's ODE, from noise to a clean clip that begins with `first` (b, k, c, h, w).
+    """Solve the teacher's ODE from noise to a clean clip that begins with `first` (b, k, c, h, w).
 
-    times: from schedule(). Returns the clip (b, f, c, h, w) and a list of its states before the
-    steps in `keep` (0-based)."""
+    times: of its passes. Returns the clip, and its states before the steps in `keep` (0-based)."""
     k, kept, before = first.shape[1], [], None
     x = torch.cat([first, noise[:, k:]], 1)
     for i, (t, t_next) in enumerate(zip(times, [*times[1:], 0.0])):
         if i in keep:
             kept.append(x)
         x0 = (x - t * velocity(x, make_timesteps(t, x, k)))[:, k:]
-        x = torch.cat([first, ode_step(x[:, k:], x0, t, t_next, before).to(x.dtype)], 1)
+        x = torch.cat([first, solver_step(x[:, k:], x0, t, t_next, before).to(x.dtype)], 1)
         before = x0, t
     return x, kept
 

@@ -7,7 +7,7 @@
     python train.py --data DIR_OF_MP4 --out out/mine      the same on your own clips
     torchrun --nproc_per_node 2 train.py --stage 3        FSDP2, gloo on CPU, NCCL on GPUs
 
-    stage 0   teacher        flow matching on real clips, whole or continued
+    stage 0   teachers       flow matching on real clips, whole or continued
     stage 1   ODE init       regression onto the teacher's ODE, block-causal       paper eq. 3
     stage 2   DMD warm-up    distribution matching on the student's own rollouts   paper eq. 4-6
     stage 3   adversarial    a bidirectional discriminator, one logit per clip     paper eq. 7-10
@@ -32,7 +32,7 @@ from scale.clips import StepClips, denoised_clip, make_trajectories, probe_sprea
 from scale.parallel import averaged, on_rank0, processes, say, world
 from scale.pictures import draw_preview, draw_samples
 from scale.recipes import WAN_RECIPES, changes, check_whole_recipe, control_of, stages_of
-from scale.run import Run, check_start, prepare
+from scale.run import Run, check_start, check_teachers, prepare
 from scale.state import export, load_state, save_state
 from utils.errors import catch_signals, friendly_errors, require
 from utils.files import clips_in
@@ -50,8 +50,8 @@ class TrainConfig(Config):
     data: str = ""                  # folder of videos or of latents; empty: the toy world
     out: str = ""                   # folder of the run; default: out/<preset>
     tag: str = ""                   # suffix of the stage's folder: stage3-TAG
-    init: str = ""                  # stage folder to start from; default: the stage before
-    teacher: str = ""               # folder of the teacher, or official weights; default: stage 0
+    init: str = ""                  # folder to start from; default: stage before, stage 1: teacher
+    teacher: str = ""               # teacher's folder, or official weights; default: of this run
     real_score: str = ""            # larger network for stage 2's real score; default: the teacher
     seed: int = 0                   # random seed
     resume: bool = True             # continue an unfinished stage and keep a finished one
@@ -524,7 +524,7 @@ def parse(argv):
 
 
 def main(argv=None):
-    """The command line: one stage, or all four in order and the table."""
+    """The command line: one stage, or all of a recipe in order, and the table."""
     overrides = parse(argv)
     control, stage = overrides.pop("control", False), overrides.get("stage", -1)
     with friendly_errors():
@@ -534,6 +534,7 @@ def main(argv=None):
             configs = [make_config(given, n) for n, given in stages_of(overrides)]
             if control:
                 configs.append(make_config({**overrides, **control_of(configs[-1])}, 2))
+            check_teachers(configs)
             for cfg in configs:
                 train(cfg)
             if stage == -1 and world()[0] == 0:

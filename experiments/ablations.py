@@ -176,6 +176,7 @@ TABLES = {
     "warmup": [*RECIPE, FROM1],
     "noise": [
         *RECIPE,
+        stage3("U[0, 0.3]", "noise-03", "--gan-t-max 0.3"),
         stage3("all levels, U[0, 1]", "noise-all", "--gan-t-max 1"),
         stage3("high levels (shift 3)", "noise-high", "--gan-t-max 1 --gan-shift 3"),
         stage3("lower levels (shift 0.5)", "noise-low", "--gan-t-max 1 --gan-shift 0.5"),

@@ -65,7 +65,7 @@ _WAN_FAMILY = {
     "diagonal": {2: dict(_DIAGONAL, student_steps=(5, 4, 3, 2), iters=120, sink=3, window=12)},
     "causal-teacher": {
         0: dict(teacher_forcing=1.0, init="{teacher}", iters=2000, batch_size=64, lr=2e-6,
-                betas=(0.9, 0.999)),
+                betas=(0.9, 0.999), ode_steps=48),
         1: dict(ode_context="real", ode_point_weights=(0.7, 0.1, 0.1, 0.1, 0.0))},
 }
 FAMILY = {"toy": _TOY_FAMILY, "wan-1.3b": _WAN_FAMILY, "wan-14b": _WAN_FAMILY}
@@ -78,7 +78,9 @@ def changes(given):
     A relative's stages lie beside AAD-1's: <out>/stageN-RECIPE."""
     recipe, stage, out = given.get("recipe", "aad-1"), given["stage"], given["out"]
     own = relative(given)
-    if stage not in own:
+    require(not own or stage in own, f"--recipe {recipe} has no stage {stage} of its own: its "
+            f"stages are {', '.join(map(str, own))}; leave out --recipe")
+    if not own:
         return {}
     found = dict(own[stage], tag=recipe)
     if stage > 0 and stage - 1 in own:
@@ -106,7 +108,8 @@ def check_whole_recipe(given, control):
 
 def stages_of(given):
     """[(stage, settings)] to train: one, or all of a recipe, first AAD-1's as far as they are the
-    same. A teacher that was given is not trained; the causal one that stage 1 learns from is."""
+    same. If a teacher was given, stage 0 is left out. Where stage 1 continues real clips, a causal
+    teacher is trained from it, and takes its place in stage 1."""
     preset = given.get("preset", "toy")
     if given.get("stage", -1) != -1 or preset not in FAMILY:
         return [(given.get("stage", 0), given)]
@@ -119,7 +122,8 @@ def stages_of(given):
         one = numbers.index(1)
         stages[one] = 1, {k: v for k, v in stages[one][1].items() if k != "teacher"}
         if 0 not in own:
-            stages.insert(one, (0, {**plain, "recipe": "causal-teacher"}))
+            causal = {k: v for k, v in plain.items() if k != "teacher_forcing"}
+            stages.insert(one, (0, {**causal, "recipe": "causal-teacher"}))
     return stages
 
 

@@ -404,6 +404,13 @@ def check_teacher(cfg, path):
             "name a bidirectional one with --teacher, or use it in stage 1 with --ode-context real")
 
 
+def check_teachers(configs):
+    """The teacher that was named serves all stages to come, before the first one is trained."""
+    for cfg in configs:
+        if cfg.stage and cfg.teacher:
+            check_teacher(cfg, Path(cfg.teacher))
+
+
 def check_start(cfg, latents):
     """The weights that a stage starts from are elsewhere, of the right kind, and fit its clips."""
     require(not latents or not cfg.preview_every, f"--preview-every draws frames, and {cfg.data} "

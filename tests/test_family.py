@@ -23,7 +23,7 @@ from tests.common import (HERE, SMALL, Known, command, flow_to, inputs, largest_
                           network, recorded, relative, several_processes, small_config, timeless,
                           tiny, weights)
 from utils.errors import UsageError
-from utils.runs import start_from
+from utils.runs import start_from, trajectory_dirs
 from utils.settings import as_words, flag
 
 RELATIVES = [name for name in FAMILY["toy"] if name != "aad-1"]
@@ -76,8 +76,11 @@ def test_stages_of_a_recipe():
     assert tags == [(0, "causal-teacher"), (1, ""), (2, ""), (3, "")]  # no plain one is trained
     assert configs[0].init == configs[2].teacher == "given"
     assert [str(path) for path in start_from(configs[1])] == 2 * ["x/stage0-causal-teacher"]
+    assert folders("--teacher-forcing", "0.5")[1][1].teacher_forcing == 1  # that of the plain one
     with pytest.raises(UsageError, match="--recipe fast is unknown: choose from aad-1"):
         folders("--recipe", "fast")
+    with pytest.raises(UsageError, match="has no stage 1 of its own: its stages are 0; leave out"):
+        train.make_config(train.parse(["--recipe", "causal-teacher", "--stage", "1"]), 1)
 
 
 @pytest.mark.parametrize("flags, sentence", [
@@ -613,7 +616,7 @@ def test_the_solver_is_of_second_order():
         for t, t_next in zip(times, times[1:]):
             off = (x - (1 - t) * mean) / spread(t) ** 2
             x0 = mean + (1 - t) * deviation ** 2 * off
-            x, before = L.ode_step(x, x0, t, t_next, before), (x0, t) if second else None
+            x, before = L.solver_step(x, x0, t, t_next, before), (x0, t) if second else None
         return abs(x.item() - path(times[-1]))
 
     euler, second = (error(64, order) / error(128, order) for order in (False, True))
@@ -621,8 +624,8 @@ def test_the_solver_is_of_second_order():
     x, x0, before = torch.rand(3), torch.rand(3), torch.rand(3)
     for last in (1.0, 0.9), (0.9, 0.0):  # from noise and to the clean end it has no slope
         t = 0.9 if last[1] == 0 else 0.95
-        plain = L.ode_step(x, x0, t, 0.0 if last[1] == 0 else 0.9)
-        assert torch.equal(L.ode_step(x, x0, t, 0.0 if last[1] == 0 else 0.9,
+        plain = L.solver_step(x, x0, t, 0.0 if last[1] == 0 else 0.9)
+        assert torch.equal(L.solver_step(x, x0, t, 0.0 if last[1] == 0 else 0.9,
                                       (before, last[0])), plain)
 
 
@@ -655,6 +658,25 @@ def test_a_teacher_is_asked_for_what_it_has_learnt(small_run, tmp_path):
         with pytest.raises(UsageError, match=sentence):
             train.train(train.make_config(train.parse(
                 ["--out", str(tmp_path), "--iters", "2", *flags, *SMALL]), stage))
+
+
+def test_a_causal_teacher_is_refused_before_anything_is_trained(small_run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path / "a"), "--iters", "2", *SMALL, "--teacher",
+                    str(small_run / "stage0-causal-teacher")])
+    assert "is a causal teacher" in capsys.readouterr().err and not (tmp_path / "a").exists()
+
+
+def test_a_run_that_moved_finds_its_own_trajectories(small_run, tmp_path):
+    """Those of the stage that it came from, not those of another stage 1 in the same folder."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for name, before in (("stage1-b", "stage0"), ("stage2-b", "stage1-b")):
+        (old / name).mkdir(parents=True)
+        settings = {"stage": int(name[5]), "out": str(old), "init": str(old / before)}
+        (old / name / "config.json").write_text(json.dumps(settings))
+    old.rename(new)
+    cfg = small_config(3, "--out", new, "--init", new / "stage2-b")
+    assert trajectory_dirs(cfg)[2] == new / "stage1-b" / "trajectories"
 
 
 def test_chunks_that_continue_real_clips_are_no_whole_clips(small_run):

@@ -45,18 +45,26 @@ def start_from(cfg):
     return Path(cfg.init or before), teacher
 
 
+def placed(path, out):
+    """A path; within a run its place there, since the run may have moved."""
+    path, out = Path(path).resolve(), Path(out).resolve()
+    return path.relative_to(out) if path.is_relative_to(out) else path
+
+
 def trajectory_dirs(cfg):
     """Where the teacher's trajectories may be: here, in the stages that this one comes from, the
     nearest first, in stage 1 of this run, or of the run that it starts from."""
-    before = folder = start_from(cfg)[0]
+    start = folder = start_from(cfg)[0]
     stages = [stage_dir(cfg)]
     while folder not in stages and (folder / "config.json").is_file():
         stages.append(folder)
         settings = read_json(folder / "config.json")
         if not isinstance(settings, dict) or settings.get("stage", 0) < 1:
             break
-        folder = Path(settings.get("init") or folder.parent / f"stage{settings['stage'] - 1}")
-    stages += [Path(cfg.out) / "stage1", before.parent / "stage1"]
+        before = settings.get("init")
+        folder = folder.parent / (placed(before, settings.get("out") or folder.parent) if before
+                                  else f"stage{settings['stage'] - 1}")
+    stages += [Path(cfg.out) / "stage1", start.parent / "stage1"]
     return [stage / "trajectories" for stage in stages]
 
 
@@ -89,7 +97,7 @@ def read_settings(folder):
         return {**settings, "where": "assets/student" if folder == SHIPPED else str(folder)}
     stage = "0 --recipe causal-teacher" if folder.name == CAUSAL_TEACHER else "N"
     require(folder.exists(), f"{folder} does not exist: check the path, or train the stage first "
-            f"(python train.py --stage {stage})")
+            f"(the same command with --stage {stage})")
     inner = network_folder(folder) if folder.is_dir() else folder
     repository = (folder / "model_index.json").is_file() and not weight_files(inner)
     require(not repository, f"{folder} lacks the network, its folder transformer: download the "
@@ -155,12 +163,6 @@ def saved_states(folder):
     """The complete saved states of a stage, newest first."""
     found = (path.parent for path in (folder / "state").glob("step-*/.metadata"))
     return sorted(found, reverse=True)
-
-
-def placed(path, out):
-    """A path; within a run its place there, since the run may have moved."""
-    path, out = Path(path).resolve(), Path(out).resolve()
-    return path.relative_to(out) if path.is_relative_to(out) else path
 
 
 def same_setting(name, old, new, outs):

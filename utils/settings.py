@@ -175,8 +175,8 @@ def inferred_preset(overrides):
     teacher = Path(overrides.get("teacher", ""))
     if "preset" in overrides or "teacher" not in overrides or not teacher.exists():
         return overrides.get("preset", "toy")
-    if "stage" in config_beside(teacher):
-        return "toy"
+    if "stage" in config_beside(teacher):  # one of ours
+        return config_beside(teacher).get("preset", "toy")
     shaped = open_weights(teacher).preset
     require(shaped, f"{teacher} has the shape of no preset: add --preset, and flags for its shape")
     return shaped
