@@ -375,17 +375,19 @@ LABELS = {  # what front() names: (folder, passes) -> words, and where they stan
     ("stage2", ()): ("stage 2", 3, 7, "left"),
     ("stage2-control", ()): ("+ 150 steps", 7, -5, "left"),
     ("stage2-longer", ()): ("stage 2 + 480 steps", -6, -8, "right"),
-    ("stage2-pure", ()): ("stage 2 without anchor", 7, -3, "left"),
+    ("stage2-pure", ()): ("stage 2 without anchor", -2, 7, "right"),
     ("stage2-lowa0", ()): ("stage 2, low levels, no anchor", 7, -3, "left"),
     ("stage2-nocache", ()): ("stage 2, no cache gradient", 4, -11, "right"),
     ("stage2-one-teacher", ()): ("stage 2, one teacher", -7, -3, "right"),
     ("stage3-one-teacher", ()): ("stage 3, one teacher", -2, 7, "center"),
     ("stage2-causvid", (1,)): ("CausVid, 1 pass", 7, -3, "left"),
-    ("stage3", ()): ("stage 3", 4, 6, "left"),
+    ("stage3", ()): ("stage 3", -7, -3, "right"),
     ("stage3", (4,)): ("stage 3 at 4 passes", 4, 7, "right"),
     ("stage3-alone", ()): ("adversarial loss alone", 7, 1, "left"),
-    ("stage3-noise-none", ()): ("no noise on D's inputs", 3, -11, "center"),
-    ("stage3-lambda0", ()): ("no R1, R2", -6, 0, "right")}
+    ("stage3-noise-none", ()): ("no noise on D's inputs", -3, -13, "right"),
+    ("stage3-framewise", ()): ("a logit a frame", 7, -2, "left"),
+    ("stage3-hinge", ()): ("hinge loss", 7, 0, "left"),
+    ("stage3-lambda0", ()): ("no R1, R2", 7, -3, "left")}
 
 
 def front(assets, folders):
@@ -394,7 +396,7 @@ def front(assets, folders):
     rows = rows_of(folders[0])
     page = Figure(figsize=(9, 3.9))
     whole, near = page.subplots(1, 2)
-    low, high = (0.0142, 0.042), (0.0228, 0.132)
+    low, high = (0.0142, 0.035), (0.0211, 0.12)
     for ax in (whole, near):
         for row, point in rows.items():
             hue, named = hue_of(row), row in LABELS
