@@ -508,6 +508,12 @@ def test_a_recipe_is_that_of_the_inferred_preset(tmp_path, monkeypatch):
     assert runs.start_from(configs[1])[1] == tmp_path / "out" / "stage0-causal-teacher"
 
 
+def test_a_stage_of_our_own_has_the_preset_that_it_was_trained_with(tmp_path):
+    """A causal teacher of Wan's shape, named with --teacher, is no toy."""
+    (tmp_path / "config.json").write_text(json.dumps({"stage": 0, "preset": "wan-1.3b"}))
+    assert inferred_preset({"teacher": str(tmp_path)}) == "wan-1.3b"
+
+
 # ---------------------------------------------------------------- teacher and student
 
 def args_for(*flags):
