@@ -381,7 +381,7 @@ LABELS = {  # what front() names: (folder, passes) -> words, and where they stan
     ("stage2-one-teacher", ()): ("stage 2, one teacher", -7, -3, "right"),
     ("stage3-one-teacher", ()): ("stage 3, one teacher", -2, 7, "center"),
     ("stage2-causvid", (1,)): ("CausVid, 1 pass", 7, -3, "left"),
-    ("stage3", ()): ("stage 3", -7, -3, "right"),
+    ("stage3", ()): ("stage 3", 7, -6, "left"),
     ("stage3", (4,)): ("stage 3 at 4 passes", 4, 7, "right"),
     ("stage3-alone", ()): ("adversarial loss alone", 7, 1, "left"),
     ("stage3-noise-none", ()): ("no noise on D's inputs", -3, -13, "right"),
