@@ -391,8 +391,8 @@ def stage_scores(folder, number=256, steps=None, long=True, which="search", devi
     net, codec, settings = load_stage(folder, device=device or cuda_or_cpu())
     require(codec, f"{folder} was trained on latents, which have no scores here: look at what "
             "sample.py makes of it")
-    require(settings["stage"] or not isinstance(steps, list), f"{folder} is a teacher, which makes "
-            "a clip at once: give --steps one number")
+    require(settings["stage"] or not isinstance(steps, list), f"{folder} is a teacher, which "
+            "follows its ODE: give --steps one number")
     used = steps or settings["student_steps" if settings["stage"] else "ode_steps"]
     used = as_words(tuple(used)) if isinstance(used, (list, tuple)) else str(used)
     return {"stage": settings["stage"], "steps": used,

@@ -470,7 +470,7 @@ def arguments(argv):
 def serve(args):
     """(server, stream), both at work: serve_forever() runs in a thread."""
     weights, codec, settings, where = chosen_stage(args)
-    require(settings["stage"], f"{where} is a teacher, which makes a clip at once: name a later "
+    require(settings["stage"], f"{where} is a teacher, and this page shows students: name a later "
             "stage with --weights")
     require(settings["first"] < 2, f"{where} was trained with --first {settings['first']}: this "
             "page starts from one image")

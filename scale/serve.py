@@ -255,9 +255,9 @@ def check_teacher_and_student(args, settings, overrides, where):
     """Teachers get no flags of streams, students none of guidance: it would change nothing."""
     streamed = set(STREAM) & overrides.keys() or len(args.steps or [0]) > 1 or args.prompt_at
     require(settings["stage"] or not (streamed or args.student), f"{where} is a teacher, which "
-            "makes a clip at once: leave out --student, --chunk, --sink, --window, "
-            "--context-level, --absolute-positions and --prompt-at, give --steps one number, or "
-            "name a later stage with --weights")
+            "follows its ODE and takes no settings of streams: leave out --student, --chunk, "
+            "--sink, --window, --context-level, --absolute-positions and --prompt-at, give "
+            "--steps one number, or name a later stage with --weights")
     guided = args.guidance is not None or args.negative is not None
     require(not (settings["stage"] and guided), f"{where} is a student, whose guidance is trained "
             "in: leave out --guidance and --negative")

@@ -41,7 +41,7 @@ STAGES = {  # a stage with switches that no recipe of the default run sets
     # the settings that are left, each away from its default
     "teacher, rest": (0, "--teacher-forcing 1 --train-shift 2 --ema 0.5 --lr-warmup 2 --lr-decay "
                          "0.9 --muon-lr 0 --betas 0.5 0.9 --grad-clip 0.1 --turns 0.5"),
-    "ode, rest": (1, "--ode-context clean --ode-steps 4 --ode-point-weights 0.2 0.3 0.2 0.2 0.1 "
+    "ode, rest": (1, "--ode-context clean --ode-steps 4 --ode-point-weights 0.2 0.3 0.2 0.3 0 "
                      "--shift 3 --muon-lr 0.1 --window 3"),
     "dmd, rest": (2, "--frames 10 --student-steps 3 2 --grad-chunks 1 --cache-grad --fake-lr 3e-3 "
                      "--context-level 0.2 --fake-betas 0.5 0.9 --score-shift 0.3 --student-start 1 "

@@ -550,7 +550,7 @@ def test_a_teacher_is_not_streamed_and_a_student_says_how(tmp_path):
         assert settings["guidance"] == 2 and settings["first"] == 0
     with pytest.raises(UsageError, match="a student's generator, no teacher"):
         serve.chosen_stage(args_for("--teacher", student / "w.pt"))
-    for flags, message in ((("--chunk", 3), "makes a clip at once"),
+    for flags, message in ((("--chunk", 3), "takes no settings of streams"),
                            (("--image", "assets/example.png"), "leave out --image")):
         with pytest.raises(UsageError, match=message):
             serve.chosen_stage(args_for("--teacher", teacher, *flags))

@@ -25,8 +25,8 @@ from utils.weights import open_weights
 INF = math.inf
 LIMITS = (  # least, most, in words, the settings that have to lie between
     (1, INF, "at least 1", "batch_size trajectories ode_steps ode_points "
-     "context_parallel disc_queries r1r2_every max_bad_steps size codec_patch window dim ffn_dim "
-     "freq_dim num_heads num_layers in_dim patch text_len text_dim"),
+     "context_parallel disc_queries r1r2_every anchor_every max_bad_steps size codec_patch window "
+     "dim ffn_dim freq_dim num_heads num_layers in_dim patch text_len text_dim"),
     (0, INF, "at least 0", "iters micro_batch save_every eval_clips samples fps sink lr fake_lr "
      "preview_every disc_lr muon_lr backbone_lr weight_decay lr_warmup student_start fake_updates "
      "disc_updates guidance dmd_weight dmd_diff_weight gan_weight gan_ratio ode_anchor probe_every "
@@ -223,6 +223,9 @@ def check_training(cfg):
     require(len(weights) == cfg.ode_points + 1 and min(weights) >= 0 and sum(weights) > 0,
             f"--ode-point-weights needs {cfg.ode_points + 1} numbers from 0 up, one for each of "
             f"--ode-points {cfg.ode_points} and clean")
+    require(cfg.stage != 1 or cfg.ode_context == "noisy" or not weights[-1], f"--ode-context "
+            f"{cfg.ode_context} shows a chunk the clean past, and a chunk that is clean itself "
+            f"learns nothing: end --ode-point-weights with 0, {as_words(weights[:-1])} 0")
     require(cfg.ode_steps % cfg.ode_points == 0, f"--ode-steps {cfg.ode_steps} is no multiple of "
             f"--ode-points {cfg.ode_points}")
     require(cfg.stage or cfg.iters, f"stage 0 of {cfg.preset} has nothing to train: name the "
