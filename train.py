@@ -103,7 +103,6 @@ class TrainConfig(Config):
     context_level: float = 0.0      # noise level of chunks in the cache; below 0: no context pass
     cache_grad: bool = False        # gradients through the context passes (Self Gradient Forcing)
     ode_anchor: float = 0.0         # weight of stage 1's regression from pure noise
-    anchor_every: int = 1           # apply it every N steps
     dmd_weight: float = 0.0         # weight of the DMD term
     dmd_diff_weight: float = 0.0    # weight of DMD on differences of frames, relative to plain DMD
     gan_weight: float = 0.0         # weight of the adversarial term
@@ -138,13 +137,14 @@ class TrainConfig(Config):
 
 RECIPES = {  # preset -> stage -> what differs from the defaults; docs/results.md has what was tried
     "toy": {
-        0: dict(iters=3000, muon_lr=0.04, lr_warmup=30, lr_decay=0.4, ema=0.99),
-        1: dict(iters=700, muon_lr=0.01, lr_decay=0.5),
+        0: dict(iters=4000, muon_lr=0.04, lr_warmup=30, lr_decay=0.4, ema=0.99,
+                teacher_forcing=0.25),
+        1: dict(iters=1000, muon_lr=0.01, lr_decay=0.5),
         2: dict(iters=320, dmd_weight=1.0, lr=6e-4, betas=(0.5, 0.99), lr_warmup=15, lr_decay=0.5,
-                ema=0.97, cache_grad=True, ode_anchor=0.3, anchor_every=2),
-        3: dict(iters=200, gan_weight=1.0, dmd_weight=2.0, lr=5e-5, betas=(0.0, 0.99),
+                ema=0.97, cache_grad=True, ode_anchor=0.15),
+        3: dict(iters=270, gan_weight=1.0, dmd_weight=4.0, lr=5e-5, betas=(0.0, 0.99),
                 lr_warmup=15, lr_decay=0.5, ema=0.97, disc_lr=4e-4, backbone_lr=2e-4,
-                disc_updates=1, student_start=60, gan_t_max=0.15),
+                disc_updates=1, student_start=120, gan_t_max=0.15),
     },
     **WAN_RECIPES,
 }
@@ -385,7 +385,7 @@ def student_backward(run, x, batch, exit_step):
     if grads:
         direction = sum(weights[name] * grad for name, grad in grads.items())
         x[:, cfg.first:].backward(run.batch_part(direction, batch))
-    if cfg.ode_anchor and run.step % cfg.anchor_every == 0:
+    if cfg.ode_anchor:
         numbers |= anchor_step(run, batch)
     return numbers
 

@@ -49,7 +49,7 @@ _TOY_FAMILY = {
     "one-forcing": {2: _SHARED},
     "asd": {2: dict(_ASD, disc_lr=4e-4)},
     "diagonal": {2: dict(_DIAGONAL, student_steps=(4, 3, 2))},  # a clip of the toy has 3 chunks
-    "causal-teacher": {0: dict(teacher_forcing=1.0, init="{teacher}", iters=1000, lr_decay=0.6)},
+    "causal-teacher": {0: dict(teacher_forcing=1.0, init="{teacher}", iters=800, muon_lr=0.01)},
     "consistency": {1: dict(ode_target="consistency")},
     "no-context": {2: dict(context_level=-1.0), 3: dict(context_level=-1.0)},
 }

@@ -414,7 +414,7 @@ def test_a_teacher_of_frames_takes_no_latents(small_run, tmp_path, capsys):
               tmp_path / "a.safetensors")
     with pytest.raises(SystemExit):
         train.main(["--out", str(tmp_path / "out"), "--stage", "1", "--teacher",
-                    str(small_run / "stage0-causal-teacher"), "--data", str(tmp_path), *SMALL])
+                    str(small_run / "stage0"), "--data", str(tmp_path), *SMALL])
     assert "was trained on frames" in capsys.readouterr().err
 
 
@@ -685,7 +685,7 @@ def test_the_probe_sees_where_things_are_not_how_sharp():
 
 def test_without_the_anchor_nothing_of_it_is_left(small_run, tmp_path, monkeypatch):
     """--ode-anchor 0 trains as if the term did not exist; it takes no noise from the others."""
-    flags = command(small_run, 2, "--iters", 2, "--probe-every", 0, "--anchor-every", 1)
+    flags = command(small_run, 2, "--iters", 2, "--probe-every", 0)
     for name, more in (("with", []), ("without", ["--ode-anchor", "0"]), ("emptied", [])):
         if name == "emptied":
             monkeypatch.setattr(train, "anchor_step", lambda run, batch: {})

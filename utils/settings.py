@@ -25,7 +25,7 @@ from utils.weights import open_weights
 INF = math.inf
 LIMITS = (  # least, most, in words, the settings that have to lie between
     (1, INF, "at least 1", "batch_size trajectories ode_steps ode_points "
-     "context_parallel disc_queries r1r2_every anchor_every max_bad_steps size codec_patch window "
+     "context_parallel disc_queries r1r2_every max_bad_steps size codec_patch window "
      "dim ffn_dim freq_dim num_heads num_layers in_dim patch text_len text_dim"),
     (0, INF, "at least 0", "iters micro_batch save_every eval_clips samples fps sink lr fake_lr "
      "preview_every disc_lr muon_lr backbone_lr weight_decay lr_warmup student_start fake_updates "
