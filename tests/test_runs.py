@@ -306,6 +306,7 @@ def test_several_processes_in_half_precision(small_run, tmp_path, stage, more):
     ("--probe-every -1", "--probe-every -1 does"),
     ("--stage 3 --gan-loss hinge", "--gan-loss hinge is unknown"),
     ("--stage 1 --ode-point-weights 1 2", "--ode-point-weights needs 5"),
+    ("--stage 1 --ode-point-weights .4 .1 .1 .1 .3", "end --ode-point-weights with 0"),
     ("--stage 1 --ode-steps 9", "no multiple of --ode-points"),
     ("--stage 0 --dtype float8", "--dtype float8 is unknown"),
     ("--ema 2", "--ema 2.0 does not work: it has to be between 0 and 1"),
