@@ -373,7 +373,7 @@ LABELS = {  # what front() names: (folder, passes) -> words, and where they stan
     ("stage1-one-teacher", ()): ("stage 1, one teacher", 2, -11, "left"),
     ("stage1-consistency", ()): ("consistency", 0, 7, "right"),
     ("stage2", ()): ("stage 2", 3, 7, "left"),
-    ("stage2-control", ()): ("+ 150 steps", 7, -5, "left"),
+    ("stage2-control", ()): ("+ 150 steps", -4, -12, "right"),
     ("stage2-longer", ()): ("stage 2 + 480 steps", -6, -8, "right"),
     ("stage2-pure", ()): ("stage 2 without anchor", -2, 7, "right"),
     ("stage2-lowa0", ()): ("stage 2, low levels, no anchor", 7, -3, "left"),
@@ -386,6 +386,8 @@ LABELS = {  # what front() names: (folder, passes) -> words, and where they stan
     ("stage3-alone", ()): ("adversarial loss alone", 7, 1, "left"),
     ("stage3-noise-none", ()): ("no noise on D's inputs", -3, -13, "right"),
     ("stage3-framewise", ()): ("a logit a frame", 7, -2, "left"),
+    ("stage3-causal", ()): ("causal discriminator", -8, -12, "left"),
+    ("stage3-from1", ()): ("stage 3 from stage 1", 5, 7, "center"),
     ("stage3-hinge", ()): ("hinge loss", 7, 0, "left"),
     ("stage3-lambda0", ()): ("no R1, R2", 7, -3, "left")}
 
