@@ -93,13 +93,14 @@ def stream_mask(cfg, frames=None):
 
 
 def mask_to_groups(mask):
-    """The same mask as a list of (query frames, key frames): runs of frames with the same row."""
+    """The same mask as a list of (query frames, key frames): runs of frames with the same row. Keys
+    are a list of slices, not of frames: the gradient of indices by a list is wrong when torch 2.13
+    compiles it for several threads of a CPU (pytorch issue 191837)."""
     groups, end = [], 0
     for row, run in itertools.groupby(mask.tolist()):
         start, end = end, end + len(list(run))
-        keys = [k for k, visible in enumerate(row) if visible]
-        if keys and keys == list(range(keys[0], keys[-1] + 1)):
-            keys = slice(keys[0], keys[-1] + 1)  # a view instead of a copy
+        edges = [i for i, (a, b) in enumerate(zip([False, *row], [*row, False])) if a != b]
+        keys = [slice(a, b) for a, b in zip(edges[::2], edges[1::2])]
         groups.append((slice(start, end), keys))
     return groups
 
@@ -120,7 +121,10 @@ def attention(q, k, v):
 def framewise_attention(q, k, v, groups):
     """Masked attention for q, k, v (b, f, n, heads, d), n tokens a frame -> (b, f, n, heads * d).
     One unmasked call per group of frames with the same keys: Wan's token mask would take 1 GB."""
-    out = [attention(*(x.flatten(1, 2) for x in (q[:, queries], k[:, keys], v[:, keys])))
+    def seen(x, keys):
+        return x[:, keys[0]] if len(keys) == 1 else torch.cat([x[:, run] for run in keys], 1)
+
+    out = [attention(*(x.flatten(1, 2) for x in (q[:, queries], seen(k, keys), seen(v, keys))))
            for queries, keys in groups]
     return rearrange(torch.cat(out, 1), "b (f n) h d -> b f n (h d)", n=q.shape[2])
 
@@ -289,7 +293,7 @@ class DiT(nn.Module):
         h, w, head_dim = h // p, w // p, cfg.dim // cfg.num_heads
         q_pos, k_pos = cache.positions(f) if cache else 2 * [tuple(positions or range(f))]
         rope_q, rope_k = (rope_table(pos, h, w, head_dim, x.device) for pos in (q_pos, k_pos))
-        groups = [(slice(None), slice(None))] if mask is None else mask_to_groups(mask)
+        groups = [(slice(None), [slice(None)])] if mask is None else mask_to_groups(mask)
         features, present = [], []
         for i, block in enumerate(self.blocks):
             past = cache.past[i] if cache is not None and cache.past else None
