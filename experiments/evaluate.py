@@ -44,7 +44,7 @@ BROKEN = 0.25  # a frame with a larger error shows no object
 LAG = 4  # frames over which displacement is measured
 WORLD = ("data", "size", "turns", "frames", "codec_patch", "in_dim")  # what real clips depend on
 GHOST = 0.1  # a clip with a frame of a larger error is counted as a ghost
-IMAGES = 64  # whose futures are compared at least; energy's standard error is 0.008, of 256 0.004
+IMAGES = 64  # whose futures are compared
 SEEDS = 16  # clips of each
 FUTURES = 256  # of the world, for each
 
@@ -352,8 +352,8 @@ def future_paths(net, codec, settings, clips, steps=None, seeds=SEEDS):
 
 def scores_of(net, codec, settings, number=256, steps=None, long=True, which="search"):
     """Scores on `number` held-out clips. With `long`, also those of rollouts 4 times as long, of a
-    quarter of the clips, and of the futures of all images, at least IMAGES. net None: of the real
-    clips, through the codec."""
+    quarter of the clips, and of the futures of IMAGES images. net None: of the real clips, through
+    the codec."""
     clips = held_out_ids(number, which)
     frames, first = settings["frames"], settings["first"]
     third = max(1, (frames - first) // 3)  # the toy's chunk; the same for students of other chunks
@@ -377,8 +377,7 @@ def scores_of(net, codec, settings, number=256, steps=None, long=True, which="se
         scores["drift"] = drift(quality)
         scores["long_quality"] = quality.mean().item()
     if long and toy:
-        images = held_out_ids(max(IMAGES, number), which)
-        ends = chunk_ends(frames, first, third)
+        images, ends = held_out_ids(IMAGES, which), chunk_ends(frames, first, third)
         ours = future_paths(net, codec, settings, images, steps)
         theirs = data.futures(images, FUTURES, frames)
         scores |= future_scores(ours[:, :, ends], theirs[:, :, ends])

@@ -19,6 +19,27 @@ def test_framewise_attention_is_dense_masked_attention():
     assert relative(ours.flatten(1, 2), dense.transpose(1, 2).flatten(2)) < 1e-6
 
 
+@pytest.mark.slow
+def test_compiled_attention_has_its_gradient_on_two_threads():
+    """Keys with a gap between them, as where a chunk continues a clean past. Of an index by a list
+    torch 2.13 compiled a gradient of other places in memory, on several threads alone."""
+    cfg, mask = tiny(dim=128, num_heads=4), torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 1]]).bool()
+    groups, rope = M.mask_to_groups(mask), M.rope_table((0, 1, 2), 4, 4, 32, torch.device("cpu"))
+    torch.manual_seed(0)
+    x, attn, gradients = torch.randn(2, 3, 16, 128), M.SelfAttention(cfg), []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for forward in (attn.forward, torch.compile(attn.forward, dynamic=False)):
+            attn.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                forward(x, rope, rope, groups)[0].square().sum().backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in attn.parameters()]))
+    finally:
+        torch.set_num_threads(threads)
+    assert relative(gradients[1], gradients[0]) < 0.02
+
+
 @pytest.mark.parametrize("sink, window", [(0, 2), (1, 3), (3, 4)])
 def test_the_mask_of_training_shows_what_the_cache_keeps(sink, window):
     """Also where the sink reaches beyond the image: that sees itself alone."""
