@@ -450,9 +450,16 @@ def table(rows, columns=COLUMNS):
     return "\n".join(lines)
 
 
+def rows_of_docs(*names):
+    """The head and the rows of these names from the table of the stages in docs/results.md."""
+    text = (Path(__file__).parents[1] / "docs" / "results.md").read_text()
+    head, rule, *rows = text.partition("<!-- table stages")[2].splitlines()[1:]
+    return [head, rule, *(next(row for row in rows if row.startswith(f"| {n} |")) for n in names)]
+
+
 def summary(out):
-    """What the recipe ends with: a row for real clips, every stage and the control, if it was
-    trained; and where the pictures are."""
+    """What the recipe ends with: a row for real clips, every stage and the control (that of
+    docs/results.md, if it was not trained), and where the pictures are."""
     rows = []
     folders = sorted(path.parent for path in Path(out).glob("stage[0-3]*/metrics.json"))
     for folder in (Path(out) / "real", *folders):
@@ -462,6 +469,12 @@ def summary(out):
     columns = ("stage quality_error last_error energy spread drift long_error ghosts jitter "
                "displacement caption_agreement i2v_fidelity motion_smoothness minutes").split()
     print("\n" + table(rows, columns))
+    stage3, control = Path(out) / "stage3", Path(out) / "stage2-control"
+    toy = any(row["stage"] == "3" and "energy" in row for row in rows)
+    if toy and not control.exists() and read_json(stage3 / "config.json")["recipe"] == "aad-1":
+        print("\nNot trained here: stage 3's control, stage 2 trained on (train.py --control). From "
+              "docs/results.md, of the default settings, on other clips:\n")
+        print("\n".join(rows_of_docs("stage 3", "control: stage 2 trained on, as many steps")))
     if any(Path(out).glob("stage[0-3]/samples.gif")):
         print(f"\nPictures: {out}/stage*/samples.gif (upper half real clips, lower half the "
               "stage's, from the same first frames)")

@@ -13,6 +13,7 @@ import train
 from experiments import evaluate
 from utils import media
 from utils.errors import UsageError
+from utils.files import write_json
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +244,23 @@ def test_scores_of_a_run_begin_with_real_clips(small_run, quick_scores, tmp_path
     evaluate.summary(tmp_path)
     assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()
             if line.startswith("| ")][1:] == ["| real", "| 0", "| 1", "| 2"]
+
+
+def test_a_recipe_without_a_control_shows_that_of_the_docs(tmp_path, capsys):
+    """Marked as such, beside the docs' stage 3; not of a relative, and not beside one's own."""
+    def written(name, recipe="aad-1"):
+        folder = tmp_path / recipe / name
+        folder.mkdir(parents=True)
+        write_json(folder / "metrics.json", {"stage": 3, "energy": 0.5, "quality_error": 0.25})
+        write_json(folder / "config.json", {"recipe": recipe})
+        evaluate.summary(tmp_path / recipe)
+        return capsys.readouterr().out
+
+    documented = "| control: stage 2 trained on, as many steps | 0.0"
+    said = written("stage3")
+    assert "Not trained here" in said and documented in said and "| 3 | 0.25 |" in said
+    assert documented not in written("stage2-control")
+    assert documented not in written("stage3", "one-forcing")
 
 
 def test_a_mask_lies_on_its_object():
