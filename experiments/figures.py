@@ -374,7 +374,7 @@ LABELS = {  # what front() names: (folder, passes) -> words, and where they stan
     ("stage1-consistency", ()): ("consistency", 0, 7, "right"),
     ("stage2", ()): ("stage 2", 3, 7, "left"),
     ("stage2-control", ()): ("+ 150 steps", -4, -12, "right"),
-    ("stage2-longer", ()): ("stage 2 + 480 steps", -6, -8, "right"),
+    ("stage2-minutes", ()): ("stage 2 + 360 steps", -6, -8, "right"),
     ("stage2-pure", ()): ("stage 2 without anchor", -2, 7, "right"),
     ("stage2-lowa0", ()): ("stage 2, low levels, no anchor", 7, -3, "left"),
     ("stage2-nocache", ()): ("stage 2, no cache gradient", 4, -11, "right"),
@@ -429,6 +429,7 @@ def hue_of(row):
 def numbered_rows(assets, rows):
     """The same points, every one with a number, and the rows beside it."""
     hues = [hue_of(row) for row in rows]
+    names = {**{row: words for row, (words, *_) in LABELS.items()}, **NAMES}
     columns = 3 if len(rows) > 30 else 2
     page = Figure(figsize=(9, 4.5 + 0.14 * len(rows) / columns))
     points = np.array([*rows.values()])
@@ -437,7 +438,7 @@ def numbered_rows(assets, rows):
     best = [p for i, p in enumerate(students) if all(p[1] < other[1] for other in students[:i])]
     ax.plot(*zip(*best), "o-", color=RULE, lw=4, ms=9, label="front: none beats these on both")
     for i, (row, point, hue) in enumerate(zip(rows, points, hues)):
-        ax.plot(*point, "o", color=hue, ms=4, zorder=4, label=f"{i + 1}  {NAMES.get(row, row[0])}")
+        ax.plot(*point, "o", color=hue, ms=4, zorder=4, label=f"{i + 1}  {names.get(row, row[0])}")
     ax.set(xlabel="error: are frames true?", ylabel="energy: do clips go where they might?")
     page.legend(loc="outside lower left", ncols=columns, fontsize=6.5)
     page.draw_without_rendering()  # only now is it known where the points are
