@@ -93,15 +93,12 @@ def stream_mask(cfg, frames=None):
 
 
 def mask_to_groups(mask):
-    """The same mask as a list of (query frames, key frames): runs of frames with the same row. Keys
-    are a list of slices, not of frames: the gradient of indices by a list is wrong when torch 2.13
-    compiles it for several threads of a CPU (pytorch issue 191837)."""
-    groups, end = [], 0
+    """The same mask as a list of (query frames, slices of key frames) for runs of equal rows."""
+    groups, end = [], 0  # of an index by a list torch 2.13 compiles a wrong gradient (issue 191837)
     for row, run in itertools.groupby(mask.tolist()):
         start, end = end, end + len(list(run))
         edges = [i for i, (a, b) in enumerate(zip([False, *row], [*row, False])) if a != b]
-        keys = [slice(a, b) for a, b in zip(edges[::2], edges[1::2])]
-        groups.append((slice(start, end), keys))
+        groups.append((slice(start, end), list(map(slice, edges[::2], edges[1::2]))))
     return groups
 
 
@@ -123,7 +120,6 @@ def framewise_attention(q, k, v, groups):
     One unmasked call per group of frames with the same keys: Wan's token mask would take 1 GB."""
     def seen(x, keys):
         return x[:, keys[0]] if len(keys) == 1 else torch.cat([x[:, run] for run in keys], 1)
-
     out = [attention(*(x.flatten(1, 2) for x in (q[:, queries], seen(k, keys), seen(v, keys))))
            for queries, keys in groups]
     return rearrange(torch.cat(out, 1), "b (f n) h d -> b f n (h d)", n=q.shape[2])

@@ -472,8 +472,8 @@ def summary(out):
     stage3, control = Path(out) / "stage3", Path(out) / "stage2-control"
     toy = any(row["stage"] == "3" and "energy" in row for row in rows)
     if toy and not control.exists() and read_json(stage3 / "config.json")["recipe"] == "aad-1":
-        print("\nNot trained here: stage 3's control, stage 2 trained on (train.py --control). From "
-              "docs/results.md, of the default settings, on other clips:\n")
+        print("\nNot trained here: stage 3's control, stage 2 trained on (train.py --control). "
+              "From docs/results.md, of the default settings, on other clips:\n")
         print("\n".join(rows_of_docs("stage 3", "control: stage 2 trained on, as many steps")))
     if any(Path(out).glob("stage[0-3]/samples.gif")):
         print(f"\nPictures: {out}/stage*/samples.gif (upper half real clips, lower half the "
