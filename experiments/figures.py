@@ -384,7 +384,6 @@ LABELS = {  # what front() names: (folder, passes) -> words, and where they stan
     ("stage3", ()): ("stage 3", 7, -6, "left"),
     ("stage3", (4,)): ("stage 3 at 4 passes", 4, 7, "right"),
     ("stage3-alone", ()): ("adversarial loss alone", 7, 1, "left"),
-    ("stage3-noise-none", ()): ("no noise on D's inputs", -3, -13, "right"),
     ("stage3-framewise", ()): ("a logit a frame", 7, -2, "left"),
     ("stage3-causal", ()): ("causal discriminator", -8, -12, "left"),
     ("stage3-from1", ()): ("stage 3 from stage 1", 5, 7, "center"),
