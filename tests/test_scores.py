@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import data
 import train
-from experiments import evaluate
+from experiments import ablations, evaluate
 from utils import media
 from utils.errors import UsageError
 from utils.files import write_json
@@ -256,7 +256,7 @@ def test_a_recipe_without_a_control_shows_that_of_the_docs(tmp_path, capsys):
         evaluate.summary(tmp_path / recipe)
         return capsys.readouterr().out
 
-    documented = "| control: stage 2 trained on, as many steps | 0.0"
+    documented = f"| {ablations.CONTROL.name} | 0.0"
     said = written("stage3")
     assert "Not trained here" in said and documented in said and "| 3 | 0.25 |" in said
     assert documented not in written("stage2-control")
