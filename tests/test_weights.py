@@ -787,7 +787,7 @@ def test_long_stages_on_a_cpu_are_compiled(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     assert default_compile(small_config(0, "--iters", 199)) == "none"
     assert default_compile(small_config(2, "--iters", 200)) == "none"
-    assert default_compile(small_config(0, "--iters", 200)) == "clips"
+    assert {default_compile(small_config(n, "--iters", 200)) for n in (0, 1, 3)} == {"clips"}
     with monkeypatch.context() as torchrun:
         torchrun.setenv("RANK", "0")
         assert default_compile(small_config(0, "--iters", 200)) == "none"

@@ -288,12 +288,11 @@ def check_compiler(device):
 
 
 def default_compile(cfg):
-    """What to compile of a stage without --compile: on a CPU the network that stages 0 and 1 train
-    on whole clips, in which 200 steps win the half minute back; nothing if the compiler does not
-    work, which is tried. In stages 2 and 3 rollouts have a graph for every length of the cache,
-    which takes minutes, and the networks of whole clips alone gain too little (docs/wan.md). Under
-    torchrun every process would compile, and there are more graphs."""
-    if cfg.device != "cpu" or "RANK" in os.environ or cfg.stage > 1 or cfg.iters < 200:
+    """What to compile of a stage without --compile: on a CPU the networks of whole clips in stages
+    0, 1 and 3, in which 200 steps win the half minute back; nothing if the compiler does not work,
+    which is tried. Stage 2 is mostly rollouts, and they have a graph for every length of the cache,
+    which takes minutes (docs/wan.md). Under torchrun every process would compile."""
+    if cfg.device != "cpu" or "RANK" in os.environ or cfg.stage == 2 or cfg.iters < 200:
         return "none"
     try:
         check_compiler(cfg.device)
