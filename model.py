@@ -269,7 +269,7 @@ class DiT(nn.Module):
         e = self.time_embedding(timestep_embedding(t, self.cfg.freq_dim)).float()
         e6 = rearrange(self.time_projection(e).float(), "b f (six d) -> b f six d", six=6)
         text = F.pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1]))
-        return x.float(), e, e6, self.text_embedding(text)  # as blocks return it: they share a graph
+        return x.float(), e, e6, self.text_embedding(text)  # as a block's: one graph
 
     def forward(self, x, t, text, *, mask=None, positions=None, cache=None, feature_layers=()):
         """x (b, f, c, h, w), t (b, f) in [0, 1], text (b, l, text_dim) -> flow (b, f, c, h, w).

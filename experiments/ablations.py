@@ -65,7 +65,7 @@ RECIPE = [REAL, TEACHER, CAUSAL, STAGE1, STAGE2, STAGE3]
 ON = "--student-start 0 --stop-spread 0 --init {out}/stage2"
 CONTROL = Row("control: stage 2 trained on, as many steps", "stage2-control", f"--iters 150 {ON}",
               "stage2")
-# in the default run on two cores stage 3 takes as long as 357 steps of stage 2
+# in default runs on two cores stage 3 takes as long as 322 to 357 steps of stage 2
 LONGER = Row("control: stage 2 trained on, as many minutes", "stage2-minutes", f"--iters 360 {ON}",
              "stage2")
 LONGEST = Row("stage 2 trained on, 480 steps", "stage2-longer", f"--iters 480 {ON}", "stage2")
