@@ -678,8 +678,7 @@ def test_accumulation_is_the_same_batch(plain, tmp_path, stage):
 
 @pytest.mark.parametrize("stage, processes, more", [
     (0, 2, ""), (1, 2, ""), (2, 2, "--activation-checkpointing"), (3, 2, ""),
-    (1, 2, "--context-parallel 2"), (3, 2, "--context-parallel 2 --activation-checkpointing"),
-    pytest.param(3, 4, "--context-parallel 2 --activation-checkpointing", marks=pytest.mark.slow),
+    (1, 2, "--context-parallel 2"), (3, 4, "--context-parallel 2 --activation-checkpointing"),
     pytest.param(3, 4, "--activation-checkpointing", marks=pytest.mark.slow)])
 def test_several_processes_are_one(plain, tmp_path, stage, processes, more):
     """Gloo processes and FSDP2 give the losses and weights of one process; so does

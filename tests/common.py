@@ -1,5 +1,6 @@
 """What several test files share: small networks, runs, clips and checkpoints."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ import sample
 import train
 from experiments import evaluate, plan
 
+gc.freeze()  # imported modules stay: two collections a run of train.py need not look at them
 HERE = Path(__file__).resolve().parents[1]
 SMALL = (
     "--dim 32 --ffn-dim 64 --num-heads 2 --num-layers 2 --disc-layers 0 1 --in-dim 8 --out-dim 8 "

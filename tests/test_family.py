@@ -712,8 +712,7 @@ def test_no_noise_leaves_the_penalties(monkeypatch):
     assert (perturbed - real)[:, 1:].std().item() == pytest.approx(0.1, rel=0.05)
 
 
-@pytest.mark.parametrize("recipe", [
-    pytest.param("one-forcing", marks=pytest.mark.slow), "asd"])
+@pytest.mark.parametrize("recipe", ["one-forcing", "asd"])
 def test_relatives_resume_bit_for_bit(small_run, tmp_path, recipe):
     flags = command(small_run, 2, "--recipe", recipe, "--save-every", 2)
     train.main(["--out", str(tmp_path / "a"), "--iters", "4", *flags])
@@ -736,8 +735,7 @@ def test_relatives_resume_bit_for_bit(small_run, tmp_path, recipe):
     assert fake.keys() == weights(one).keys()
 
 
-@pytest.mark.parametrize("recipe", [
-    pytest.param("one-forcing", marks=pytest.mark.slow), "asd"])
+@pytest.mark.parametrize("recipe", ["one-forcing", "asd"])
 def test_relatives_on_two_processes_are_one(small_run, tmp_path, recipe):
     flags = command(small_run, 2, "--recipe", recipe, "--iters", 3)
     train.main(["--out", str(tmp_path / "a"), *flags])

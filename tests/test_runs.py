@@ -230,7 +230,6 @@ def test_compiled_blocks_train_alike(small_run, tmp_path):
     assert largest_difference(one, two) < 1e-3  # Adam amplifies rounding
 
 
-@pytest.mark.slow
 def test_full_disk_keeps_the_old_state(small_run, tmp_path):
     """A limit on the size of files stands in for a full disk."""
     flags = " ".join(command(small_run, 2, "--out", tmp_path, "--iters", 6, "--save-every", 2))

@@ -33,7 +33,6 @@ def test_previews_change_no_weights(small_run, tmp_path, monkeypatch, stage):
     assert (tmp_path / f"stage{stage}" / "samples.png").is_file()
 
 
-@pytest.mark.slow
 def test_previews_of_several_processes(small_run, tmp_path):
     """All of them take part, one draws."""
     flags = ["--iters", 2, "--preview-every", 1, "--samples", 2, "--out", tmp_path]
